@@ -1,0 +1,47 @@
+# `make quickstart` and `make test` need nothing but Python 3.11+; both build .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The PyTorch to install, before anything else can ask for a looser one. Override for another build.
+TORCH ?= torch==2.13.0
+
+.PHONY: quickstart test lint types imports pytest install clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   train a small language model on this machine, from raw text to a sample"
+	@echo "make test         lint, types, import rules and tests"
+	@echo "make clean        remove .venv and caches (runs/ stays)"
+
+$(VENV)/.base: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.base
+
+quickstart: $(VENV)/.base
+	$(BIN)/treadle train recipes/quickstart.yaml
+
+test: lint types imports pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+pytest: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
