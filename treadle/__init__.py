@@ -1,3 +1,23 @@
-"""Treadle: a research framework for language models."""
+"""Treadle: a research framework for language models, from one YAML architecture to a served model.
+
+    model = treadle.build("recipes/models/tiny.yaml")
+    run = treadle.train("recipes/quickstart.yaml", ["training.steps=100"])
+    print(treadle.generate(*treadle.load(run), "def "))
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["build", "find_run", "generate", "load", "stream", "train"]
+
+if TYPE_CHECKING:
+    from treadle.api import build, find_run, generate, load, stream, train
+
+
+def __getattr__(name: str) -> Any:
+    """Import PyTorch only when something of the API is asked for: `treadle --help` starts at once."""
+    if name in __all__:
+        from treadle import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'treadle' has no attribute '{name}'")

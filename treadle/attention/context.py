@@ -1,15 +1,15 @@
 """The one seam between a model and the way its attention is computed.
 
-A model's forward is `model(tokens_BS, context)`. Training, document packing, context parallelism and the inference cache
-differ only in the context that is handed in. A context holds tensors and static facts, nothing else, so it passes
-through pipeline stages, `torch.compile` and CUDA graphs.
+A model's forward is `model(tokens_BS, context)`. Training, document packing, context parallelism and the inference
+cache differ only in the context that is handed in. A context holds tensors and static facts, nothing else, so it
+passes through pipeline stages, `torch.compile` and CUDA graphs.
 
 B batch, S sequence, N number of document boundaries in the batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class AttentionContext:
     max_length: an upper bound on the length of a document, in tokens (static).
     backend: the attention backend's name, or "auto" for the measured choice (static).
     cache: keys, values or states of earlier tokens, in inference.
+    tables: tensors that many layers derive from the positions (RoPE's cos and sin), computed once per forward, by key.
     """
 
     positions_BS: Tensor
@@ -36,6 +37,7 @@ class AttentionContext:
     max_length: int | None = None
     backend: str = "auto"
     cache: Cache | LayerCache | None = None
+    tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def causal(
@@ -67,9 +69,10 @@ class AttentionContext:
         return replace(self, cache=self.cache[layer]) if isinstance(self.cache, Cache) else self
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same context with `function` applied to each of its tensors (not to the cache)."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+        """The same context with `function` applied to each of its tensors (not to the cache and the tables)."""
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: Any = {name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))

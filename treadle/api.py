@@ -1,0 +1,106 @@
+"""The Python API: `import treadle`, then `build`, `train`, `load`, `generate`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treadle import recipes
+from treadle.config import resolve
+from treadle.data.tokenizer import Tokenizer
+from treadle.inference import generate as sampling
+from treadle.inference.load import load as load_folder
+from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.tracking.runs import Runs
+from treadle.train.setup import find_device
+
+
+def build(
+    spec: Path | str | dict[str, Any], overrides: Sequence[str] = (), *, seed: int = 0, device: str = "cpu"
+) -> Transformer:
+    """A freshly initialised model from a spec: a YAML file or a mapping with `dim`, `vocab_size`, `layers`, ...
+
+    A recipe works too: its `model` section is taken. Raises ConfigError naming the key, the value and the fix.
+    """
+    source: Any = spec
+    if not isinstance(spec, dict):
+        from treadle.config import read_yaml
+
+        source = read_yaml(spec)
+    source = source.get("model", source)
+    config = resolve(TransformerConfig, source, overrides)
+    with torch.device(device):
+        model: Transformer = config.build()
+    return model.initialise(seed)
+
+
+def train(
+    recipe: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    preset: str | None = None,
+    resume: str | Path | None = None,
+    root: Path | str = "runs",
+) -> Path:
+    """Run a recipe, or go on with a run (`resume`: its folder, id, a prefix of the id, or "latest" under `root`).
+
+    Returns the run folder.
+    """
+    folder: Path | None = None
+    if resume is not None:
+        folder = find_run(resume, root)
+        recipe = folder / "config.yaml"
+    if recipe is None:
+        raise ValueError("give a recipe, or a run to resume")
+    config = recipes.load(recipe, overrides, preset)
+    return recipes.main(config, resume=folder)
+
+
+def load(
+    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, root: Path | str = "runs"
+) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a run (folder, id, prefix, "latest") or of a model folder, ready to generate."""
+    folder = Path(path) if Path(path).is_dir() else find_run(path, root)
+    return load_folder(folder, device=find_device(device), dtype=dtype)
+
+
+def find_run(reference: str | Path, root: Path | str = "runs") -> Path:
+    """The folder of a run. Raises RunError with the nearest name if there is none."""
+    return Runs(root).find(str(reference)).folder
+
+
+def generate(
+    model: Transformer, tokenizer: Tokenizer, prompt: str = "", *, samples: int = 1, **options: Any
+) -> list[str]:
+    """Continuations of a prompt, each up to its end-of-text token. Options: see `treadle.inference.generate.stream`."""
+    options.setdefault("max_new_tokens", 256)
+    tokens: list[list[int]] = [[] for _ in range(samples)]
+    ended = [False] * samples
+    for step in sampling.stream(model, _encode(tokenizer, prompt), samples=samples, **options):
+        for row, token in enumerate(step):
+            ended[row] = ended[row] or token == tokenizer.eos_id
+            if not ended[row]:
+                tokens[row].append(token)
+        if all(ended):
+            break
+    return [tokenizer.decode(row) for row in tokens]
+
+
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> Iterator[str]:
+    """One continuation, piece by piece as it is made; characters are never split."""
+    options.setdefault("max_new_tokens", 256)
+    tokens: list[int] = []
+    shown = ""
+    for (token,) in sampling.stream(model, _encode(tokenizer, prompt), **options):
+        if token == tokenizer.eos_id:
+            break
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # the bytes so far end inside a character
+            yield text[len(shown) :]
+            shown = text
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return tokenizer.encode(prompt) or [tokenizer.eos_id]

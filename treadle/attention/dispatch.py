@@ -1,0 +1,52 @@
+"""Which backend computes attention: the one that was named, or the fastest measured one that can.
+
+`benchmarks/attention.py` measures them; docs/benchmarks.md holds its table.
+"""
+
+from types import ModuleType
+
+from torch import Tensor
+
+from treadle.attention import flash, flex, reference, sdpa
+from treadle.attention.context import AttentionContext
+from treadle.attention.facts import AttentionFacts
+from treadle.config.base import nearest
+from treadle.errors import ConfigError
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "flash": flash, "flex": flex}
+
+
+def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+    """Softmax attention of queries over the keys they may see.
+
+    q_BSHK, k_BTGK, v_BTGK -> out_BSHK, with H a multiple of G (grouped queries). Raises ConfigError when the backend
+    that `context.backend` names cannot compute these facts; a named backend is never replaced by another.
+    """
+    backend = BACKENDS[choose(q_BSHK, facts, context)]
+    return backend.attend(q_BSHK, k_BTGK, v_BTGK, facts, context)
+
+
+def choose(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str:
+    """The name of the backend that `attend` uses for these arguments."""
+    if context.backend == "auto":
+        return next(name for name in _preference(q_BSHK, facts, context) if _can(name, q_BSHK, facts, context))
+    if context.backend not in BACKENDS:
+        raise ConfigError(f"attention backend '{context.backend}' is unknown.{nearest(context.backend, BACKENDS)}")
+    reason = BACKENDS[context.backend].unsupported(q_BSHK, facts, context)
+    if reason is not None:
+        able = [name for name in BACKENDS if _can(name, q_BSHK, facts, context)]
+        raise ConfigError(
+            f"attention backend '{context.backend}' cannot be used here: {reason}. Able: {', '.join(able)}"
+        )
+    return context.backend
+
+
+def _preference(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> tuple[str, ...]:
+    """Fastest first. On CUDA a dense mask costs quadratic memory, so sdpa with one comes after flash and flex."""
+    if q_BSHK.device.type == "cuda" and not sdpa.is_plain_causal(q_BSHK, facts, context):
+        return "flash", "flex", "sdpa", "reference"
+    return "sdpa", "flash", "flex", "reference"
+
+
+def _can(name: str, q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> bool:
+    return BACKENDS[name].unsupported(q_BSHK, facts, context) is None

@@ -1,0 +1,54 @@
+"""Flash attention over packed documents through PyTorch's `varlen_attn` (CUDA, bf16 or fp16).
+
+The B*S tokens lie end to end; cumulative lengths mark the documents. B batch, S sequence, T = B*S, H heads, K head dim.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from treadle.attention.context import AttentionContext
+from treadle.attention.facts import AttentionFacts
+
+# torch 2.13 asks for enable_gqa, 2.11 takes fewer key-value heads as they are.
+_HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
+    if q_BSHK.device.type != "cuda":
+        return f"it runs on CUDA only, the tensors are on {q_BSHK.device.type}"
+    if q_BSHK.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 or fp16, not {q_BSHK.dtype}"
+    if facts.softcap is not None:
+        return "it has no softcap"
+    if context.cache is not None:
+        return "it reads no cache"
+    if q_BSHK.shape[-1] > 256:
+        return f"its head dim is at most 256, not {q_BSHK.shape[-1]}"
+    return None
+
+
+def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+    B, S = q_BSHK.shape[:2]
+    boundaries = context.cumulative_lengths_N
+    if boundaries is None:
+        boundaries = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=q_BSHK.device)
+    longest = context.max_length or S
+    grouped: dict[str, Any] = {"enable_gqa": True} if _HAS_ENABLE_GQA and q_BSHK.shape[2] != k_BSGK.shape[2] else {}
+    out_THK: Any = varlen_attn(
+        q_BSHK.flatten(0, 1),
+        k_BSGK.flatten(0, 1),
+        v_BSGK.flatten(0, 1),
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=facts.scale,
+        window_size=(-1 if facts.window is None else facts.window - 1, 0),
+        **grouped,
+    )
+    out_BSHK: Tensor = out_THK.view_as(q_BSHK)
+    return out_BSHK

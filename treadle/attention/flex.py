@@ -1,0 +1,81 @@
+"""Attention through `flex_attention` (CUDA): every fact that the reference knows, at near-flash speed.
+
+B batch, S sequence, H heads, G key-value heads, K head dim, C number of 128-token chunks in a row.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from treadle.attention.context import AttentionContext
+from treadle.attention.facts import AttentionFacts
+
+CHUNK = 128
+
+
+def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
+    if q_BSHK.device.type != "cuda":
+        return f"it trains on CUDA only, the tensors are on {q_BSHK.device.type}"
+    if context.cache is not None:
+        return "it reads no cache"
+    return None
+
+
+def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+    softcap = facts.softcap
+
+    def cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    kernel: Any = flex_attention if torch.compiler.is_compiling() or q_BSHK.device.type == "cpu" else _compiled()
+    out_BHSK: Tensor = kernel(
+        q_BSHK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        score_mod=cap if softcap is not None else None,
+        block_mask=block_mask(facts, context),
+        scale=facts.scale,
+        enable_gqa=q_BSHK.shape[2] != k_BSGK.shape[2],
+    )
+    return out_BHSK.transpose(1, 2)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
+    """The mask as flex wants it: which 128 x 128 chunks to visit, and a function for the elements inside.
+
+    Which chunks to visit follows from each chunk's first and last document and position, so it costs O(C^2) and not
+    O(S^2): a chunk pair is skipped when no pair of its tokens can see each other.
+    """
+    documents_BS, positions_BS, window = context.documents_BS, context.positions_BS, facts.window
+    B, S = positions_BS.shape
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        keep = k <= q  # within a document, order of index is order of position
+        if window is not None:
+            keep = keep & (k > q - window)
+        if documents_BS is not None:
+            keep = keep & (documents_BS[b, q] == documents_BS[b, k])
+        return keep
+
+    C = -(-S // CHUNK)
+    chunk = torch.arange(C, device=positions_BS.device)
+    visit_BCC = (chunk[:, None] >= chunk[None, :])[None].expand(B, C, C)
+    if window is not None:
+        visit_BCC = visit_BCC & ((chunk[None, :] + 1) * CHUNK > chunk[:, None] * CHUNK - window + 1)
+    if documents_BS is not None:
+        padded_BCL = torch.nn.functional.pad(documents_BS, (0, C * CHUNK - S), mode="replicate").view(B, C, CHUNK)
+        first_BC, last_BC = padded_BCL[..., 0], padded_BCL[..., -1]
+        visit_BCC = visit_BCC & (first_BC[:, :, None] <= last_BC[:, None, :])
+    counts_BHC = visit_BCC.sum(-1, dtype=torch.int32)[:, None]
+    order_BHCC = visit_BCC.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[:, None]
+    return BlockMask.from_kv_blocks(counts_BHC, order_BHCC, BLOCK_SIZE=CHUNK, mask_mod=sees, seq_lengths=(S, S))

@@ -1,0 +1,28 @@
+"""Attention by its definition, in float32 or wider: any facts, any device, quadratic memory. The oracle of the others.
+
+B batch, S query length, T key length, G key-value heads, R query heads per key-value head, K head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from treadle.attention.context import AttentionContext
+from treadle.attention.facts import AttentionFacts, visible
+
+
+def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
+    return None
+
+
+def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+    B, S, H, K = q_BSHK.shape
+    G = k_BTGK.shape[2]
+    wide = torch.promote_types(q_BSHK.dtype, torch.float32)
+    q_BSGRK = q_BSHK.to(wide).view(B, S, G, H // G, K)
+    scores_BGRST = torch.einsum("bsgrk,btgk->bgrst", q_BSGRK, k_BTGK.to(wide)) * (facts.scale or K**-0.5)
+    if facts.softcap is not None:
+        scores_BGRST = facts.softcap * torch.tanh(scores_BGRST / facts.softcap)
+    mask_BST = visible(facts, context, k_BTGK.shape[1])
+    scores_BGRST = scores_BGRST.masked_fill(~mask_BST[:, None, None], float("-inf"))
+    out_BSGRK = torch.einsum("bgrst,btgk->bsgrk", scores_BGRST.softmax(-1), v_BTGK.to(wide))
+    return out_BSGRK.reshape(B, S, H, -1).to(q_BSHK.dtype)

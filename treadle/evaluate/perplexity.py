@@ -1,0 +1,54 @@
+"""How well a model predicts held-out text: nats per token, perplexity, bits per byte."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from treadle.data.loader import Sequential
+from treadle.nn.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """nats: summed over `tokens` predicted tokens, which stand for `bytes` of UTF-8 text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of nats per token."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, unlike the other two."""
+        return self.nats / math.log(2) / self.bytes
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+@torch.no_grad()
+def evaluate_perplexity(model: Transformer, data: Sequential, text_bytes: int) -> Perplexity:
+    """Predict every token of `data` once. text_bytes: of the predicted tokens (`Sequential.predicted_bytes`).
+
+    The model's mode and gradients are left as they were.
+    """
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in data:
+        on_device = batch.to(device)
+        hidden_BSD = model.hidden(on_device.tokens_BS, on_device.context)
+        nats += model.head.cross_entropy(hidden_BSD, on_device.targets_BS)
+        tokens += batch.valid_tokens
+    model.train(training)
+    return Perplexity(nats.item(), tokens, text_bytes)

@@ -1,0 +1,67 @@
+"""Sampling text from a model, one token at a time with a key-value cache.
+
+B rows (samples of one prompt), S prompt length, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from treadle.attention import AttentionContext
+from treadle.nn.transformer import Transformer
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    backend: str = "auto",
+) -> Iterator[list[int]]:
+    """Yield the next token of each of `samples` continuations of `prompt`, `max_new_tokens` times.
+
+    temperature 0 is greedy. top_k and top_p keep the likeliest tokens only. The caller decides when to stop. Raises
+    ValueError for an empty prompt.
+    """
+    if not prompt:
+        raise ValueError("the prompt has no token; begin with the end-of-text token to sample from nothing")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = model.make_cache(samples, len(prompt) + max_new_tokens)
+    tokens_BS = torch.tensor([list(prompt)], device=device).expand(samples, -1)
+    position = 0
+    for _ in range(max_new_tokens):
+        positions_BS = torch.arange(position, position + tokens_BS.shape[1], device=device).expand(samples, -1)
+        context = AttentionContext(positions_BS, backend=backend, cache=cache)
+        # Compiled layers are for fixed shapes, and the cache grows with each token: run them eagerly. The guards are
+        # entered for each token anew, so that they do not leak into the caller between two yields.
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+            logits_BV = model.head(model.hidden(tokens_BS, context)[:, -1])
+            chosen_B = choose(logits_BV.float(), temperature, top_k, top_p, generator)
+        position += tokens_BS.shape[1]
+        tokens_BS = chosen_B[:, None]
+        yield chosen_B.tolist()
+
+
+def choose(
+    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """Draw one token per row.  logits_BV -> tokens_B"""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = logits_BV / temperature
+    if top_k is not None and top_k < logits_BV.shape[-1]:
+        least_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
+    if top_p is not None and top_p < 1:
+        sorted_BV, order_BV = logits_BV.softmax(-1).sort(dim=-1, descending=True)
+        # A token stays while those before it have less than top_p together, so the likeliest always stays.
+        dropped_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+        logits_BV = logits_BV.masked_fill(dropped_BV.scatter(1, order_BV, dropped_BV), float("-inf"))
+    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,44 @@
+"""A model and its tokenizer from what a run leaves behind: its final weights, or its latest checkpoint."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from treadle.config import resolve
+from treadle.data.tokenizer import Tokenizer
+from treadle.errors import CheckpointError
+from treadle.nn.store import SPEC_FILE, build_meta, load_model
+from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.train.checkpoint import Checkpointer
+from treadle.train.config import CheckpointConfig
+
+FINAL, CHECKPOINTS, TOKENIZER = "final", "checkpoints", "tokenizer"
+
+
+def load(
+    path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """The model in evaluation mode, and its tokenizer.
+
+    path: a run folder, its `final` folder, or any folder with `model.yaml`, `model.safetensors` and `tokenizer/`.
+    device: None is the GPU if there is one. dtype: of weights and computation; None is bf16 on a GPU, fp32 on a CPU.
+    Raises CheckpointError when there is nothing to load.
+    """
+    path = Path(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for folder in (path, path / FINAL):
+        if (folder / SPEC_FILE).is_file():
+            return load_model(folder, device=device, dtype=dtype), Tokenizer.load(folder / TOKENIZER)
+    checkpoints = Checkpointer(path / CHECKPOINTS, CheckpointConfig())
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{path}: holds neither {FINAL}/{SPEC_FILE} nor a complete checkpoint")
+    spec = yaml.safe_load((path / "config.yaml").read_text())["model"]
+    spec["vocab_size"] = checkpoints.facts(steps[-1])["model"]["vocab_size"]  # the recipe may leave it to the tokenizer
+    model = build_meta(resolve(TransformerConfig, spec)).to_empty(device=device)
+    dcp.load({"model": dict(model.named_parameters())}, checkpoint_id=str(checkpoints.path(steps[-1])), no_dist=True)
+    model.to(dtype).dtype = dtype
+    return model.eval(), Tokenizer.load(path / TOKENIZER)

@@ -1,0 +1,118 @@
+"""The head's matmul and the cross entropy as one operation, in chunks of tokens: the logits of a batch never exist.
+
+With a vocabulary of 128k, the logits of 32k tokens would take 8 GiB in bf16 and their gradient as much again. Here a
+chunk's logits become its gradient in place, the two gradient products are formed at once, and the chunk is dropped.
+
+T tokens, C tokens of a chunk, D model dim, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, autograd
+
+IGNORED = -100
+CHUNK_ELEMENTS = 1 << 29  # logits of a chunk: 1 GiB in bf16, large enough for the matmuls to run at full speed
+
+
+def linear_cross_entropy(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Sum over tokens of -log softmax(x W^T)[target] + z_loss * logsumexp^2.
+
+    x_TD: in the compute dtype; the products are formed in it, the softmax in float32.
+    weight_VD: any float dtype; its gradient is accumulated in float32.
+    targets_T: int64, -100 where a token does not count.
+    softcap: logits become softcap * tanh(logits / softcap) first.
+    z_loss: weight of the squared log partition function (PaLM, arXiv:2204.02311).
+    chunk: tokens at a time; None picks one by memory. Returns a float32 scalar (float64 if x is).
+    """
+    if chunk is None:
+        chunk = max(1024, CHUNK_ELEMENTS // weight_VD.shape[0])
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, z_loss, chunk)  # type: ignore[no-any-return]
+
+
+class _LinearCrossEntropy(autograd.Function):
+    """Gradients are formed in the forward, where the logits are at hand; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, softcap: float | None, z_loss: float, chunk: int
+    ) -> Tensor:
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        cast_VD = weight_VD.to(x_TD.dtype)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        dx_TD = torch.empty_like(x_TD) if need_x else None
+        dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=x_TD.device) if need_weight else None
+        loss = torch.zeros((), dtype=wide, device=x_TD.device)
+        step = _chunk_step(x_TD.device.type)
+        for start in range(0, x_TD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits_CV = x_TD[rows] @ cast_VD.t()
+            chunk_loss, dlogits_CV = step(logits_CV, targets_T[rows], softcap, z_loss, need_x or need_weight)
+            loss += chunk_loss
+            if dx_TD is not None:
+                torch.mm(dlogits_CV, cast_VD, out=dx_TD[rows])
+            if dweight_VD is not None:
+                _accumulate(dweight_VD, dlogits_CV, x_TD[rows])
+        ctx.save_for_backward(dx_TD, dweight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (scale,) = grads
+        dx_TD, dweight_VD = ctx.saved_tensors
+        # In place: the saved gradients are this node's own and a second backward through it would be scaled twice.
+        dx_TD = None if dx_TD is None else torch.mul(dx_TD, scale, out=dx_TD)
+        dweight_VD = None if dweight_VD is None else dweight_VD.mul_(scale).to(ctx.weight_dtype)
+        return dx_TD, dweight_VD, None, None, None, None
+
+
+def _accumulate(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
+    """total += dlogits^T x, summed in the wide dtype of `total`."""
+    if dlogits_CV.dtype == total_VD.dtype:
+        total_VD.addmm_(dlogits_CV.t(), x_CD)
+    elif dlogits_CV.device.type == "cuda":
+        torch.addmm(total_VD, dlogits_CV.t(), x_CD, out_dtype=total_VD.dtype, out=total_VD)
+    else:
+        total_VD += dlogits_CV.t() @ x_CD
+
+
+def _loss_and_gradient(
+    logits_CV: Tensor, targets_C: Tensor, softcap: float | None, z_loss: float, need_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk, and the gradient of its logits in their dtype (the logits themselves if it is not needed)."""
+    z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    tanh_CV = None
+    if softcap is not None:
+        tanh_CV = torch.tanh(z_CV / softcap)
+        z_CV = softcap * tanh_CV
+    lse_C = torch.logsumexp(z_CV, dim=-1)
+    counts_C = targets_C != IGNORED
+    index_C1 = targets_C.clamp(min=0)[:, None]
+    picked_C = z_CV.gather(1, index_C1)[:, 0]
+    loss = torch.where(counts_C, lse_C - picked_C + z_loss * lse_C.square(), 0.0).sum()
+    if not need_gradient:
+        return loss, logits_CV
+    softmax_scale_C1 = torch.where(counts_C, 1 + 2 * z_loss * lse_C, 0.0)[:, None]
+    columns_V = torch.arange(z_CV.shape[1], device=z_CV.device)
+    hit_CV = (columns_V[None, :] == index_C1) & counts_C[:, None]
+    dz_CV = (z_CV - lse_C[:, None]).exp() * softmax_scale_C1 - hit_CV.to(z_CV.dtype)
+    if softcap is not None and tanh_CV is not None:
+        dz_CV = dz_CV * (1 - tanh_CV.square())
+    return loss, dz_CV.to(logits_CV.dtype)
+
+
+@functools.cache
+def _chunk_step(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """On a GPU the chain above is compiled into two passes over the logits; on a CPU it runs as it stands."""
+    return torch.compile(_loss_and_gradient, dynamic=False) if device == "cuda" else _loss_and_gradient

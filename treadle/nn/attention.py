@@ -1,0 +1,91 @@
+"""Multi-head attention with any number of key-value heads: MHA, GQA (arXiv:2305.13245), MQA (arXiv:1911.02150).
+
+B batch, S sequence, D model dim, H heads, G key-value heads, K head dim.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from treadle.attention import AttentionContext, AttentionFacts, LayerCache, attend
+from treadle.config.base import key_error
+from treadle.nn.config import MixerConfig, NormConfig, PositionConfig
+from treadle.nn.linear import Linear
+from treadle.nn.position import RopeConfig
+
+
+class AttentionConfig(MixerConfig):
+    """Softmax attention. `kv_heads` = heads is MHA, fewer is GQA, 1 is MQA."""
+
+    kind: Literal["attention"] = "attention"
+    heads: PositiveInt = Field(description="query heads")
+    kv_heads: PositiveInt | None = Field(None, description="key-value heads; null: as many as heads")
+    head_dim: PositiveInt | None = Field(None, description="size of a head; null: model dim / heads")
+    position: PositionConfig | None = Field(RopeConfig(), description="positions on queries and keys; null: none")
+    window: PositiveInt | None = Field(None, description="sees this many tokens, itself included; null: all earlier")
+    qk_norm: NormConfig | None = Field(None, description="norm of each query and key head (arXiv:2302.05442)")
+    softcap: PositiveFloat | None = Field(None, description="scores become cap * tanh(scores / cap)")
+    scale: PositiveFloat | None = Field(None, description="factor on the dot products; null: 1/sqrt(head dim)")
+    bias: bool = Field(False, description="bias on the query, key and value projections")
+    output_bias: bool = Field(False, description="bias on the output projection")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "AttentionConfig":
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            fits = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
+            raise key_error("kv_heads", f"{self.kv_heads} does not divide heads={self.heads}; try {fits}")
+        if self.position is not None and self.head_dim is not None and self.head_dim % 2:
+            raise key_error("head_dim", f"{self.head_dim} is odd; rotary positions pair channels, so make it even")
+        return self
+
+    def problems(self, dim: int) -> Iterator[tuple[str, str]]:
+        if self.head_dim is None and dim % self.heads:
+            yield "heads", f"{self.heads} does not divide the model's dim={dim}; choose a divisor or set head_dim"
+        elif self.head_dim is None and self.position is not None and (dim // self.heads) % 2:
+            yield "heads", f"dim={dim} / heads={self.heads} is odd; rotary positions need an even head dim"
+
+
+class Attention(nn.Module):
+    """out(attend(rope(norm(q)), rope(norm(k)), v)), with q, k, v stored as one matrix.  x_BSD -> y_BSD"""
+
+    roles = {"qkv": "column", "out": "row", "q_norm": "replicate", "k_norm": "replicate"}
+
+    def __init__(self, config: AttentionConfig, model_dim: int, max_length: int):
+        super().__init__()
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads or config.heads
+        self.head_dim = config.head_dim or model_dim // config.heads
+        self.facts = AttentionFacts(config.scale, config.window, config.softcap)
+        parts = {
+            "q": self.heads * self.head_dim,
+            "k": self.kv_heads * self.head_dim,
+            "v": self.kv_heads * self.head_dim,
+        }
+        self.qkv = Linear(model_dim, sum(parts.values()), bias=config.bias, parts=parts)
+        self.q_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
+        self.k_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
+        self.position = config.position.build(self.head_dim, max_length) if config.position else None
+        self.out = Linear(self.heads * self.head_dim, model_dim, bias=config.output_bias)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
+        qkv_BSNK = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q_BSHK, k_BSGK, v_BSGK = qkv_BSNK.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHK, k_BSGK = self.q_norm(q_BSHK), self.k_norm(k_BSGK)
+        if self.position is not None:
+            q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, context)
+        k_BTGK, v_BTGK = k_BSGK, v_BSGK
+        if isinstance(context.cache, LayerCache):
+            k_BTGK, v_BTGK = context.cache.append(k_BSGK, v_BSGK)
+        return self.out(attend(q_BSHK, k_BTGK, v_BTGK, self.facts, context).flatten(-2))
+
+    def mixing_flops(self, length: float) -> float:
+        """Forward FLOPs per token of scores and weighted sum, causal, at sequences of `length` tokens."""
+        seen = length / 2 if self.facts.window is None else min(self.facts.window, length / 2)
+        return 4 * self.heads * self.head_dim * seen
+
+    def cache_elements(self) -> int:
+        """Numbers kept per token in inference."""
+        return 2 * self.kv_heads * self.head_dim

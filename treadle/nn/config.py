@@ -1,0 +1,58 @@
+"""The families of building blocks, as configuration. A member is one file: its config class, its module, its facts.
+
+A config named `XConfig` builds the module `X` of its own file: `config.build(...)` hands itself over as first argument.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from treadle.config import Kind
+
+
+class Buildable:
+    """Gives a config `build`: it constructs the class of the same file and name, less the ending `Config`."""
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        module, name = sys.modules[type(self).__module__], type(self).__name__.removesuffix("Config")
+        return getattr(module, name)(self, *args, **kwargs)
+
+
+class NormConfig(Buildable, Kind):
+    """Normalisation over the last dimension. Builds with (dim)."""
+
+
+class PositionConfig(Buildable, Kind):
+    """Positions as attention sees them. Builds with (head_dim, max_length)."""
+
+
+class MixerConfig(Buildable, Kind):
+    """Moves information between positions: attention and its kin. Builds with (dim, max_length)."""
+
+    def problems(self, dim: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible at this model dim."""
+        yield from ()
+
+
+class FeedForwardConfig(Buildable, Kind):
+    """Works on each position alone. Builds with (dim)."""
+
+    def problems(self, dim: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible at this model dim."""
+        yield from ()
+
+
+class LayerConfig(Buildable, Kind):
+    """One entry of the stack: a layer, or a pattern of layers. Builds one layer with (dim, max_length)."""
+
+    repeat: PositiveInt = Field(1, description="how many times in a row this entry stands in the stack")
+
+    def expand(self) -> list["LayerConfig"]:
+        """The layers of this entry, one by one."""
+        return [self.model_copy(update={"repeat": 1})] * self.repeat
+
+    def problems(self, dim: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible at this model dim."""
+        yield from ()

@@ -1,0 +1,40 @@
+"""How much a model computes and keeps: facts from the blocks, summed.
+
+A matmul of a [T, I] by an [I, O] matrix counts 2*T*I*O. Attention counts the causal half only (what must be computed),
+the convention of PaLM's appendix B (arXiv:2204.02311) halved for causality; it is named wherever MFU is reported.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from treadle.nn.linear import Linear
+from treadle.nn.transformer import Head
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def forward_flops(model: nn.Module, length: float) -> float:
+    """Forward FLOPs per token, for sequences of `length` tokens; with packed documents, their mean length."""
+    total = 0.0
+    module: Any
+    for module in model.modules():
+        if isinstance(module, Linear | Head):
+            total += 2 * module.weight.numel()
+        if hasattr(module, "mixing_flops"):
+            total += module.mixing_flops(length)
+    return total
+
+
+def training_flops(model: nn.Module, length: float) -> float:
+    """Forward and backward FLOPs per token (backward is twice the forward; recomputation is not counted)."""
+    return 3 * forward_flops(model, length)
+
+
+def cache_elements(model: nn.Module) -> int:
+    """Numbers kept per token in inference, over all layers."""
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "cache_elements")]
+    return sum(module.cache_elements() for module in modules)

@@ -1,0 +1,105 @@
+"""Initialisation as a function of (seed, parameter name, element), so that any sharding starts from the same weights.
+
+Each element is a hash of its index (splitmix64; Steele et al. 2014), turned into a normal number. No generator state
+exists: a rank can fill its own piece without the rest, and a parameter's values do not depend on which others exist.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from treadle.config import Kind
+from treadle.nn.linear import Linear
+from treadle.nn.roles import Role, parameter_roles
+
+CHUNK = 1 << 22  # elements hashed at once: bounds the scratch memory to a few hundred MB at most
+
+
+class InitConfig(Kind):
+    """How weights start. Norm weights start at one, biases at zero, whatever the kind."""
+
+    def matrix_std(self, role: Role, inputs: int, depth: int) -> float:
+        """Standard deviation of a matrix with this role and fan-in, in a stack of `depth` layers."""
+        raise TypeError(f"{type(self).__name__} does not define matrix_std")
+
+
+class NormalInitConfig(InitConfig):
+    """The same standard deviation everywhere (GPT-2, Llama)."""
+
+    kind: Literal["normal"] = "normal"
+    std: PositiveFloat = Field(0.02, description="standard deviation of every matrix")
+    scale_residual: bool = Field(
+        True, description="divide by sqrt(2 layers) where a matrix writes to the residual stream"
+    )
+
+    def matrix_std(self, role: Role, inputs: int, depth: int) -> float:
+        return self.std / math.sqrt(2 * depth) if role == "row" and self.scale_residual else self.std
+
+
+class FanInInitConfig(InitConfig):
+    """Standard deviation gain / sqrt(inputs); embeddings get `embedding_std`."""
+
+    kind: Literal["fan_in"] = "fan_in"
+    gain: PositiveFloat = Field(1.0, description="factor on every matrix")
+    embedding_std: PositiveFloat = Field(1.0, description="standard deviation of the embedding and an untied head")
+    scale_residual: bool = Field(
+        True, description="divide by sqrt(2 layers) where a matrix writes to the residual stream"
+    )
+
+    def matrix_std(self, role: Role, inputs: int, depth: int) -> float:
+        if role == "vocab":
+            return self.embedding_std
+        std = self.gain / math.sqrt(inputs)
+        return std / math.sqrt(2 * depth) if role == "row" and self.scale_residual else std
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int) -> None:
+    """Fill every parameter in place, on whatever device it is."""
+    roles = parameter_roles(model)
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner = modules[name.rpartition(".")[0]]
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            std = config.matrix_std(roles[name], parameter.shape[-1], depth)
+            for part, values in _parts(name, owner, parameter):
+                fill_normal(values, std, seed=seed, name=part)
+
+
+def _parts(name: str, owner: nn.Module, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The stacked projections of a Linear, each under a name of its own; any other parameter whole."""
+    parts = owner.parts if isinstance(owner, Linear) else {}
+    if not parts:
+        yield name, parameter
+        return
+    path, leaf = name.rpartition(".")[::2]
+    for part, values in zip(parts, parameter.split(list(parts.values())), strict=True):
+        yield f"{path}.{part}.{leaf}", values
+
+
+def fill_normal(values: Tensor, std: float, *, seed: int, name: str) -> None:
+    """Fill with normal numbers of standard deviation `std`; element i is a function of (seed, name, i) alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    key = int.from_bytes(digest, "little", signed=True)
+    flat = values.view(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        index = torch.arange(start, min(start + CHUNK, flat.numel()), device=values.device)
+        uniform = ((_splitmix64(index, key) >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+        flat[start : start + CHUNK] = torch.erfinv(uniform.mul_(2).sub_(1)).mul_(std * math.sqrt(2)).to(values.dtype)
+
+
+def _splitmix64(index: Tensor, key: int) -> Tensor:
+    """Mix int64 indices with a key; wrapping multiplication, shifts made logical by a mask."""
+    z = index * -0x61C8864680B583EB + key
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,34 @@
+"""What part each parameter plays, in one word: the parent block names its leaves' roles, and everything applied from
+outside (initialisation, parallelism, optimizers) asks here.
+"""
+
+from typing import Literal, cast, get_args
+
+from torch import nn
+
+# column: output features may be split; row: input features may be split, the output joins the residual stream;
+# vocab: rows are tokens; norm: a vector over features; replicate: whole everywhere.
+Role = Literal["column", "row", "vocab", "norm", "replicate"]
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every parameter, by its full name. Raises ValueError for a parameter whose block names no role."""
+    roles: dict[str, Role] = {}
+    modules = dict(model.named_modules())
+    for name, _ in model.named_parameters():
+        roles[name] = _role(name, modules)
+    return roles
+
+
+def _role(name: str, modules: dict[str, nn.Module]) -> Role:
+    """Walk up from the parameter: the nearest block that names the child on the path decides."""
+    path, child = name.rpartition(".")[::2]
+    while True:
+        role = getattr(modules[path], "roles", {}).get(child)
+        if role is not None:
+            if role not in get_args(Role):
+                raise ValueError(f"{path}: role '{role}' of '{child}' is unknown; known: {', '.join(get_args(Role))}")
+            return cast(Role, role)
+        if not path:
+            raise ValueError(f"parameter {name} has no role: add it to `roles` of the block that owns it")
+        path, child = path.rpartition(".")[::2]

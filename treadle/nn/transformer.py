@@ -1,0 +1,126 @@
+"""The decoder: embedding, a stack of layers, a norm, a head.
+
+B batch, S sequence, D model dim, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from treadle.attention import AttentionContext, Cache, LayerCache
+from treadle.config import Config
+from treadle.config.base import key_error
+from treadle.kernels.linear_cross_entropy import linear_cross_entropy
+from treadle.nn.config import Buildable, LayerConfig, NormConfig
+from treadle.nn.init import InitConfig, NormalInitConfig, initialise
+from treadle.nn.linear import Embedding
+from treadle.nn.norm import RMSNormConfig
+
+
+class TransformerConfig(Buildable, Config):
+    """The whole architecture. `build()` gives the module, on the current default device, uninitialised."""
+
+    dim: PositiveInt = Field(description="model dim: the width of the residual stream")
+    vocab_size: PositiveInt | None = Field(
+        None, description="rows of the embedding; null: the tokenizer's, up to a multiple of 64"
+    )
+    max_length: PositiveInt = Field(description="longest sequence the model is meant for, in tokens")
+    layers: list[LayerConfig] = Field(min_length=1, description="the stack, from input to output")
+    norm: NormConfig = Field(RMSNormConfig(), description="the norm before the head")
+    tied: bool = Field(False, description="the head shares the embedding's weight")
+    softcap: PositiveFloat | None = Field(None, description="logits become cap * tanh(logits / cap)")
+    init: InitConfig = Field(NormalInitConfig(), description="how weights start")
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "TransformerConfig":
+        for index, layer in enumerate(self.layers):
+            for key, message in layer.problems(self.dim):
+                raise key_error(f"layers.{index}.{key}", message)
+        return self
+
+    def expand(self) -> list[LayerConfig]:
+        """The layers one by one, patterns unrolled."""
+        return [layer for entry in self.layers for layer in entry.expand()]
+
+
+class Head(nn.Module):
+    """Hidden states to scores over the vocabulary.  x_BSD -> logits_BSV"""
+
+    roles = {"weight": "vocab"}
+
+    def __init__(self, vocabulary: int, dim: int, softcap: float | None):
+        super().__init__()
+        self.softcap = softcap
+        self.weight = nn.Parameter(torch.empty(vocabulary, dim))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        logits_BSV = nn.functional.linear(x_BSD, self.weight.to(x_BSD.dtype))
+        return logits_BSV if self.softcap is None else self.softcap * torch.tanh(logits_BSV / self.softcap)
+
+    def cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float = 0.0) -> Tensor:
+        """Sum of cross entropies over the targets that are not -100, without ever holding all logits.  -> scalar"""
+        return linear_cross_entropy(
+            x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), softcap=self.softcap, z_loss=z_loss
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    `dtype` is the compute dtype: the embedding's output has it and everything after follows; weights keep their own.
+    Layers are named by their number in the whole stack, also where a pipeline stage holds only some of them.
+    """
+
+    roles = {"embedding": "vocab"}
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set; give a number, or a tokenizer to take it from")
+        self.config = config
+        self.dtype = torch.float32
+        self.embedding = Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict(
+            {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(config.expand())}
+        )
+        self.norm = config.norm.build(config.dim)
+        self.head = Head(config.vocab_size, config.dim, config.softcap)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens_BS: Tensor, context: AttentionContext | None = None) -> Tensor:
+        """Scores for the next token at each position.  tokens_BS -> logits_BSV in the compute dtype"""
+        return self.head(self.hidden(tokens_BS, context))
+
+    def hidden(self, tokens_BS: Tensor, context: AttentionContext | None = None) -> Tensor:
+        """What the head reads. Without a context each row is one document.  tokens_BS -> x_BSD"""
+        context = context or AttentionContext.causal(*tokens_BS.shape, device=tokens_BS.device)
+        context = self.with_tables(context)
+        x_BSD = self.embedding(tokens_BS, self.dtype)
+        for index, layer in self.layers.items():
+            x_BSD = layer(x_BSD, context.for_layer(int(index)))
+        return self.norm(x_BSD)
+
+    def with_tables(self, context: AttentionContext) -> AttentionContext:
+        """Compute what layers derive from the positions, once for all layers that share it."""
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "tables") and module.key not in context.tables:
+                context.tables[module.key] = module.tables(context.positions_BS)
+        return context
+
+    def initialise(self, seed: int) -> "Transformer":
+        """Fill all weights; see `treadle.nn.init`."""
+        initialise(self, self.config.init, seed=seed, depth=len(self.config.expand()))
+        return self
+
+    def make_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        device = self.embedding.weight.device
+        mixers: list[Any] = [layer.mixer for layer in self.layers.values()]
+        return Cache([LayerCache(batch, capacity, m.kv_heads, m.head_dim, self.dtype, device) for m in mixers])

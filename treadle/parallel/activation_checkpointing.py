@@ -1,0 +1,56 @@
+"""Activation checkpointing: trade recomputation in the backward for memory (Chen et al. 2016, arXiv:1604.06174)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Mode = Literal["none", "selective", "full"]
+
+# What is dear to recompute: attention in each of its forms. Matmuls are kept every other time.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def apply_activation_checkpointing(layers: nn.ModuleDict, mode: Mode) -> None:
+    """Make each layer recompute its inside in the backward. Wraps `forward` in place; parameter names stay.
+
+    full: only a layer's input is kept. selective: also attention outputs and every second matmul.
+    """
+    if mode == "none":
+        return
+    for layer in layers.values():
+        # Dropout does not exist here, so no random state needs to be replayed.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if mode == "selective":
+            options["context_fn"] = _selective_contexts
+        layer.forward = partial(checkpoint, layer.forward, **options)
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_policy())
+
+
+def _policy() -> Callable[..., CheckpointPolicy]:
+    # Forward and recomputation see the same sequence of matmuls, and each must decide alike: count them apart.
+    seen = {False: 0, True: 0}
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in _ATTENTION or getattr(operation, "_opname", "") == "_varlen_attn":
+            return CheckpointPolicy.MUST_SAVE
+        if operation in _MATMULS:
+            seen[context.is_recompute] += 1
+            if seen[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

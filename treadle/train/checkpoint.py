@@ -1,0 +1,149 @@
+"""Checkpoints: written in the background, visible only when whole, kept by a policy, loaded into the live state.
+
+A checkpoint is a folder `step-00001000` of PyTorch's distributed checkpoint format plus `checkpoint.json`. It is
+written under another name and renamed when complete, so a torn one is never picked up.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from treadle.errors import CheckpointError
+from treadle.train.config import CheckpointConfig
+from treadle.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+FACTS_FILE = "checkpoint.json"
+FORMAT = "treadle-checkpoint-1"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpointer:
+    """Saves and finds the checkpoints of one run, in one folder."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder, self.config = folder, config
+        self._pending: tuple[Future[Any], int, dict[str, Any]] | None = None
+
+    def save(self, state: TrainState, facts: dict[str, Any], *, wait: bool = False) -> None:
+        """Begin to save; with `wait`, or where saving is not asynchronous, return when it is done.
+
+        facts: what else must come back, as JSON (the loader's state, the model's config). When a save that nobody waits
+        for fails (a full disk), that is logged and the run goes on with the checkpoints it has; a waited-for failure
+        raises CheckpointError. Either way nothing that was complete is lost.
+        """
+        self.finish()  # one at a time: the staging buffers are reused
+        if self.path(state.step).exists():
+            return
+        facts = {"format": FORMAT, **state.facts(), **facts}
+        future = self._write(state)
+        self._pending = (future, state.step, facts)
+        if wait or not self.config.asynchronous:
+            self.finish(strict=wait)
+
+    def poll(self) -> None:
+        """Complete a background save that has ended; call it once a step."""
+        if self._pending and self._pending[0].done():
+            self.finish()
+
+    def finish(self, *, strict: bool = False) -> None:
+        """Wait for the save under way, make it visible, and drop what the policy no longer keeps."""
+        if self._pending is None:
+            return
+        (future, step, facts), self._pending = self._pending, None
+        temporary = self._temporary(step)
+        try:
+            future.result()
+            _write_facts(temporary / FACTS_FILE, facts)
+            os.replace(temporary, self.path(step))
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            message = f"{self.path(step)}: could not be saved: {_root_cause(error)}. Earlier checkpoints are untouched."
+            if strict:
+                raise CheckpointError(message) from error
+            logger.error(message)
+            return
+        self._drop_old()
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir() if (path / FACTS_FILE).is_file())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved beside the tensors. Raises CheckpointError if it is not one of ours."""
+        path = self.path(step) / FACTS_FILE
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not readable: {error}") from None
+        if facts.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format is {facts.get('format')!r}, expected '{FORMAT}'")
+        return facts
+
+    def load(self, state: TrainState, step: int) -> None:
+        """Fill the live state, in place. Raises CheckpointError naming what does not fit."""
+        tensors = state.tensors()
+        try:
+            dcp.load(tensors, checkpoint_id=str(self.path(step)), no_dist=not dist.is_initialized())
+        except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+            raise CheckpointError(f"{self.path(step)}: cannot be loaded: {_root_cause(error)}") from error
+        state.restore(tensors)
+        state.restore_facts(self.facts(step))
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.partial"
+
+    def _write(self, state: TrainState) -> "Future[Any]":
+        temporary = self._temporary(state.step)
+        shutil.rmtree(temporary, ignore_errors=True)
+        options: dict[str, Any] = {"checkpoint_id": str(temporary), "no_dist": not dist.is_initialized()}
+        done: Future[Any] = Future()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.config.asynchronous:
+                # Returns once the state is copied; the writing goes on in a thread.
+                response = dcp.async_save(state.tensors(), **options)
+                assert isinstance(response, Future)
+                return response
+            done.set_result(dcp.save(state.tensors(), **options))
+        except (OSError, RuntimeError, CheckpointException) as error:
+            done.set_exception(error)
+        return done
+
+    def _drop_old(self) -> None:
+        steps = self.steps()
+        for step in steps[: -self.config.keep]:
+            if self.config.keep_every is None or step % self.config.keep_every:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(facts, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message: PyTorch wraps a full disk in several layers that each print a traceback."""
+    if isinstance(error, CheckpointException) and error.failures:
+        first = next(iter(error.failures.values()))
+        return _root_cause(first[0] if isinstance(first, tuple) else first)
+    cause = error.__cause__ or error.__context__
+    return _root_cause(cause) if cause is not None else f"{type(error).__name__}: {error}"

@@ -1,0 +1,141 @@
+"""The training loop: batches in, steps out. What else happens around a step is a callback's."""
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from treadle.data.packing import Batch
+from treadle.errors import TrainingError
+from treadle.train.config import TrainingConfig
+from treadle.train.forward_backward import forward_backward
+from treadle.train.losses import LossFunction
+from treadle.train.schedules import ScheduleConfig
+from treadle.train.state import TrainState
+from treadle.train.timing import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did. loss: nats per token. grad_norm: global, before clipping. tokens: that counted."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Callback:
+    """Something that happens around steps. Override what is needed."""
+
+    def start(self, loop: "Loop") -> None:
+        """Before the first step."""
+
+    def step(self, loop: "Loop", record: StepRecord) -> None:
+        """After each step; `loop.state.step` counts it."""
+
+    def stop(self, loop: "Loop") -> None:
+        """After the last step, also of a run that was interrupted (`loop.interrupted`); not after an error."""
+
+
+class Loop:
+    """Runs steps until the configured number is reached or somebody asks it to stop."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: TrainingConfig,
+        schedule: ScheduleConfig,
+        loss_function: LossFunction,
+        callbacks: Sequence[Callback] = (),
+        *,
+        rescue: Path | None = None,
+    ):
+        """rescue: folder where the batch of a non-finite step is saved."""
+        self.state, self.config, self.schedule = state, config, schedule
+        self.loss_function, self.callbacks, self.rescue = loss_function, list(callbacks), rescue
+        self.device = next(state.model.parameters()).device
+        self.watch = Stopwatch(self.device)
+        self.interrupted = False
+
+    def run(self, batches: Iterable[list[Batch]]) -> None:
+        """Take steps from `state.step` to `config.steps`; each item of `batches` is one step's micro-batches."""
+        source = iter(batches)
+        for callback in self.callbacks:
+            callback.start(self)
+        with self._signals():
+            while self.state.step < self.config.steps and not self.interrupted:
+                with self.watch("data", host=True):
+                    step_batches = next(source)
+                record = self._step(step_batches)
+                for callback in self.callbacks:
+                    callback.step(self, record)
+            for callback in self.callbacks:
+                callback.stop(self)
+
+    def _step(self, batches: list[Batch]) -> StepRecord:
+        state = self.state
+        lr = state.optimizers.set_lr(self.schedule.factor(state.step, self.config.steps))
+        state.model.train()
+        scale = state.scaler.scale(torch.ones((), device=self.device)) if state.scaler.is_enabled() else 1.0
+        result = forward_backward(state.model, batches, self.loss_function, loss_scale=scale, watch=self.watch)
+        with self.watch("optimizer"):
+            for optimizer in state.optimizers.optimizers:
+                state.scaler.unscale_(optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+            loss, grad_norm = torch.stack((result.loss, norm)).tolist()
+            if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not state.scaler.is_enabled()):
+                self._fail(loss, grad_norm, batches)
+            if self.config.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(state.model.parameters(), self.config.clip_norm, norm)
+            for optimizer in state.optimizers.optimizers:
+                state.scaler.step(optimizer)  # skips the step where fp16 overflowed
+            state.scaler.update()
+            state.optimizers.zero_grad()
+        state.step += 1
+        state.tokens += result.tokens
+        metrics = {name: value.item() for name, value in result.metrics.items()}
+        return StepRecord(state.step, loss, grad_norm, lr, result.tokens, metrics)
+
+    def _fail(self, loss: float, grad_norm: float, batches: list[Batch]) -> None:
+        """Stop before the weights are touched, and keep the batch: it is the first thing one wants to look at."""
+        message = f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not changed."
+        if self.rescue is not None:
+            path = self.rescue / f"nonfinite-step-{self.state.step + 1}.pt"
+            batch = [{"tokens": b.tokens_BS, "targets": b.targets_BS, "samples": b.samples_B} for b in batches]
+            torch.save(batch, path)
+            message += f" The batch is in {path}."
+        raise TrainingError(f"{message} Lower optimizer.lr, lengthen schedule.warmup, or resume from a checkpoint.")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the loop after the step under way; a second SIGINT stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if self.interrupted and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            logger.warning("%s: stopping after this step, saving first", signal.Signals(number).name)
+            self.interrupted = True
+
+        previous: dict[int, Any] = {n: signal.signal(n, request) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

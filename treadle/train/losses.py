@@ -1,0 +1,26 @@
+"""Losses. Each returns a sum and a count, so that any split of a batch over micro-batches and ranks adds up exactly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from treadle.data.loader import Batch
+from treadle.nn.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total: sum over the tokens that count (fp32 scalar, differentiable). metrics: further sums to be logged."""
+
+    total: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+LossFunction = Callable[[Transformer, Batch], Loss]
+
+
+def cross_entropy(model: Transformer, batch: Batch, *, z_loss: float = 0.0) -> Loss:
+    """Next-token cross entropy in nats, summed over the targets that count."""
+    hidden_BSD = model.hidden(batch.tokens_BS, batch.context)
+    return Loss(model.head.cross_entropy(hidden_BSD, batch.targets_BS, z_loss=z_loss))

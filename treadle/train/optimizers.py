@@ -1,0 +1,113 @@
+"""Optimizers, and which of them steps which parameter."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from treadle.config import Kind
+from treadle.nn.linear import Linear
+from treadle.nn.roles import parameter_roles
+from treadle.train.muon import Muon
+
+
+class OptimizerConfig(Kind):
+    """Base: the peak learning rate; matrices decay, vectors (norms, biases) do not."""
+
+    lr: PositiveFloat = Field(3e-4, description="peak learning rate")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
+
+    def build(self, model: nn.Module) -> "Optimizers":
+        raise TypeError(f"{type(self).__name__} does not define build")
+
+
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), PyTorch's fused kernel."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the first and second moment")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+
+    def build(self, model: nn.Module) -> "Optimizers":
+        return Optimizers([self.for_parameters(dict(model.named_parameters()))])
+
+    def for_parameters(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        groups = list(_decay_groups(parameters, self.weight_decay))
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices inside the layers, AdamW for embedding, head, norms and biases, at one learning rate.
+
+    Muon's update is scaled to the size of AdamW's (Moonlight, arXiv:2502.16982), so the same rate and decay serve both.
+    """
+
+    kind: Literal["muon"] = "muon"
+    momentum: PositiveFloat = Field(0.95, lt=1, description="decay of Muon's momentum")
+    nesterov: bool = Field(True, description="Nesterov momentum")
+    iterations: PositiveInt = Field(5, description="Newton-Schulz iterations")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas, for the rest")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's eps, for the rest")
+
+    def build(self, model: nn.Module) -> "Optimizers":
+        roles, modules = parameter_roles(model), dict(model.named_modules())
+        matrices: dict[str, nn.Parameter] = {}
+        rest: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            inside = roles[name] in ("column", "row") and parameter.ndim == 2
+            (matrices if inside else rest)[name] = parameter
+        groups = []
+        for name, parameter in matrices.items():
+            owner = modules[name.rpartition(".")[0]]
+            parts = tuple(owner.parts.values()) if isinstance(owner, Linear) else ()
+            groups.append({"params": [parameter], "parts": parts})
+        muon = Muon(groups, self.lr, self.weight_decay, self.momentum, self.nesterov, self.iterations)
+        adamw = AdamWConfig(lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
+        return Optimizers([muon, adamw.for_parameters(rest)])
+
+
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: NonNegativeFloat = Field(0.9, lt=1, description="decay of the momentum; 0: none")
+    nesterov: bool = Field(False, description="Nesterov momentum")
+
+    def build(self, model: nn.Module) -> "Optimizers":
+        groups = list(_decay_groups(dict(model.named_parameters()), self.weight_decay))
+        return Optimizers([torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)])
+
+
+def _decay_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> Iterator[dict[str, object]]:
+    """Matrices with decay, vectors without; empty groups left out."""
+    for decays in (True, False):
+        chosen = [p for p in parameters.values() if (p.ndim >= 2) == decays]
+        if chosen:
+            yield {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
+
+
+class Optimizers:
+    """Several optimizers stepped as one; together they hold every parameter once."""
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
+        self.optimizers = list(optimizers)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+
+    def set_lr(self, factor: float) -> float:
+        """Set each group's rate to `factor` times its peak; returns the first group's rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()

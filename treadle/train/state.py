@@ -1,0 +1,59 @@
+"""Everything that a training step changes, and so everything that a checkpoint holds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from treadle.nn.transformer import Transformer
+from treadle.train.optimizers import Optimizers
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass
+class TrainState:
+    """step: optimizer steps done. tokens: valid tokens seen. scaler: the fp16 loss scaler, else disabled."""
+
+    model: Transformer
+    optimizers: Optimizers
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Any]:
+        """The state as nested tensors, aliasing the live ones (parameters by name, shared ones once)."""
+        optimizer = get_optimizer_state_dict(self.model, self.optimizers.optimizers, options=_FLAT)
+        state: dict[str, Any] = {
+            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
+            "optimizer": {key: value for key, value in optimizer.items() if isinstance(value, Tensor)},
+            "rng": {"cpu": torch.get_rng_state()},
+        }
+        if torch.cuda.is_available():
+            state["rng"]["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """Take over what a checkpoint held. Parameters were loaded in place; the rest is set here."""
+        live = get_optimizer_state_dict(self.model, self.optimizers.optimizers, options=_FLAT)
+        live.update(tensors["optimizer"])
+        set_optimizer_state_dict(self.model, self.optimizers.optimizers, live, options=_FLAT)
+        torch.set_rng_state(tensors["rng"]["cpu"])
+        if "cuda" in tensors["rng"]:
+            torch.cuda.set_rng_state(tensors["rng"]["cuda"])
+
+    def facts(self) -> dict[str, Any]:
+        """The state's plain numbers."""
+        return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "scaler": self.scaler.state_dict()}
+
+    def restore_facts(self, facts: dict[str, Any]) -> None:
+        self.step, self.tokens, self.flops = facts["step"], facts["tokens"], facts["flops"]
+        self.scaler.load_state_dict(facts["scaler"])
