@@ -60,12 +60,14 @@ def inspect(
     documents: Annotated[int, typer.Option("--documents", "-n", min=0, help="How many documents to show.")] = 2,
 ) -> None:
     """Show what a folder of tokens holds, and the beginning of its first documents."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    table = Table("split", *("documents", "tokens", "bytes", "bytes/token", "shards", "dtype"), title=str(folder))
+    columns = ("split", "documents", "tokens", "bytes", "bytes/token", "shards", "dtype")
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     datasets = opened(folder)
@@ -74,6 +76,7 @@ def inspect(
         counts = (f"{n:,}" for n in (manifest.documents, manifest.tokens, manifest.bytes))
         ratio = f"{manifest.bytes / max(manifest.tokens, 1):.2f}"
         table.add_row(name, *counts, ratio, str(len(manifest.shards)), manifest.dtype)
+    console.print(f"[bold]{folder}[/]", highlight=False)
     console.print(table)
     first = next(iter(datasets.values()))
     console.print(f"vocabulary {first.vocab_size:,}, tokenizer {first.manifest.tokenizer[:16]}", highlight=False)

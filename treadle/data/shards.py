@@ -23,6 +23,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 TRAIN, VALIDATION = "train", "validation"  # the two folders of shards that text is divided into
 SHARD_TOKENS = 1 << 28  # 512 MiB of uint16
+AGAIN = "copy the folder again, or delete it and prepare the data again"
 
 
 class FileEntry(Config):
@@ -182,7 +183,7 @@ def read_manifest(folder: Path | str) -> Manifest:
             f"{path}: no such file, so {folder} holds no finished token shards; `treadle data prepare` makes them"
         ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged: {error}; prepare the data again") from error
+        raise DataError(f"{path}: damaged: {error}; {AGAIN}") from error
     found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise DataError(f"{path}: format {found[0]!r} version {found[1]!r}, expected {FORMAT!r} version {VERSION}")
@@ -191,7 +192,7 @@ def read_manifest(folder: Path | str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"])
-        raise DataError(f"{path}: damaged: {where}: {first['msg']}; prepare the data again") from error
+        raise DataError(f"{path}: damaged: {where}: {first['msg']}; {AGAIN}") from error
     for key in ("documents", "tokens"):
         total = sum(getattr(shard, key) for shard in manifest.shards)
         if total != getattr(manifest, key):
@@ -214,7 +215,7 @@ class ShardDataset(TokenDataset):
             if offsets[0] != 0 or offsets[-1] != shard.tokens:
                 raise DataError(
                     f"{folder / shard.offsets_file.name}: documents run from {offsets[0]} to {offsets[-1]}, "
-                    f"expected 0 to {shard.tokens}; prepare the data again"
+                    f"expected 0 to {shard.tokens}; {AGAIN}"
                 )
             parts.append(Part(str(folder / shard.tokens_file.name), tokens, offsets))
         content = json.dumps(manifest.model_dump(mode="json"), sort_keys=True)
@@ -236,7 +237,7 @@ class ShardDataset(TokenDataset):
                 if found != entry.sha256:
                     raise DataError(
                         f"{self.folder / entry.name}: sha256 {found[:16]}…, expected {entry.sha256[:16]}…: the file "
-                        f"has changed since it was written; prepare the data again"
+                        f"has changed since it was written; {AGAIN}"
                     )
         super().verify()
 
@@ -254,10 +255,8 @@ def mapped(folder: Path, entry: FileEntry, dtype: np.dtype, count: int) -> np.nd
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(
-            f"{path}: missing, expected {expected} bytes; copy the folder again, or prepare again"
-        ) from error
+        raise DataError(f"{path}: missing, expected {expected} bytes; {AGAIN}") from error
     if size != expected:
-        raise DataError(f"{path}: {size} bytes, expected {expected}; copy the folder again, or prepare the data again")
+        raise DataError(f"{path}: {size} bytes, expected {expected}; {AGAIN}")
     # As a plain array: slicing the memmap class costs several times more.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,))) if count else np.empty(0, dtype)

@@ -5,8 +5,6 @@ depends on the files only, never on how many workers read them.
 """
 
 import glob
-import gzip
-import io
 import sysconfig
 import zlib
 from abc import abstractmethod
@@ -14,26 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from json import JSONDecodeError, loads
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
 from treadle.config import Kind
+from treadle.data.compressed import extra, opened
 from treadle.data.records import PIECE_BYTES, cut, line_of, records
 from treadle.errors import DataError
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-
-
-def extra(module: str) -> Any:
-    """Import an optional library. Raises DataError with the install command when it is missing."""
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise DataError(f"{module} is not installed, and this source needs it: pip install 'treadle[data]'") from error
 
 
 @dataclass(frozen=True)
@@ -200,54 +189,6 @@ def valid_unicode(text: str, where: Any) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{where()}: half a surrogate pair at character {error.start}; no valid text") from error
     return text
-
-
-def opened(path: Path) -> IO[bytes]:
-    """The file's uncompressed bytes, for .gz and .zst, else the file itself."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return ZstdFile(path)
-    return path.open("rb")
-
-
-class ZstdFile(io.BytesIO):
-    """The uncompressed bytes of a file of zstd frames, read once from the start.
-
-    The library's own reader takes a file that was cut short for a whole one; this one raises EOFError.
-    """
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self._library = extra("zstandard")
-        self._file = path.open("rb")
-        self._frame: Any = None
-
-    def read(self, size: int | None = -1) -> bytes:
-        """About `size` uncompressed bytes or more; none at the end."""
-        while compressed := self._file.read(1 << 16):
-            if data := self._decompressed(compressed):
-                return data
-        if self._frame is not None:
-            raise EOFError("the file ends within a zstd frame; it was cut short")
-        return b""
-
-    def _decompressed(self, compressed: bytes) -> bytes:
-        data = b""
-        while compressed:
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
-            try:
-                data += self._frame.decompress(compressed)
-            except self._library.ZstdError as error:
-                raise OSError(str(error)) from error
-            compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 class PythonStdlibConfig(SourceConfig):

@@ -8,15 +8,17 @@ import hashlib
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from rich.console import Console
@@ -128,7 +130,7 @@ def run_task(task: Task, stopping: Event | None = None) -> None:
         ]
         for documents in batches(task):
             if stopping is not None and stopping.is_set():
-                return
+                raise InterruptedError("tokenising was stopped")
             encoded = [document.encode() for document in documents]
             held = [is_held_out(document, task.held_out) for document in encoded]
             ids = tokenizer.encode_batch(documents)
@@ -167,7 +169,8 @@ def finished(tasks: Sequence[Task], workers: int) -> Iterator[Task]:
     stopping = context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(stopping,))
     try:
-        futures: list[Future[None]] = [pool.submit(_run_in_worker, task) for task in tasks]
+        with _without_main():
+            futures: list[Future[None]] = [pool.submit(_run_in_worker, task) for task in tasks]
         for task, future in zip(tasks, futures, strict=True):
             future.result()
             yield task
@@ -178,6 +181,21 @@ def finished(tasks: Sequence[Task], workers: int) -> Iterator[Task]:
     finally:
         stopping.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not run the user's script again.
+
+    A spawned process imports the script of its parent. Without `if __name__ == "__main__":` it would train as well, and
+    wait forever for the preparation that waits for it. The workers need nothing of the script.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 _stopping: Event | None = None  # of a worker process, set as it begins

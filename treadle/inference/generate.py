@@ -57,11 +57,12 @@ def choose(
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / temperature
     if top_k is not None and top_k < logits_BV.shape[-1]:
-        least_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
+        kept = logits_BV.topk(top_k, dim=-1)
+        logits_BV = torch.full_like(logits_BV, float("-inf")).scatter(1, kept.indices, kept.values)
     if top_p is not None and top_p < 1:
         sorted_BV, order_BV = logits_BV.softmax(-1).sort(dim=-1, descending=True)
-        # A token stays while those before it have less than top_p together, so the likeliest always stays.
+        # A token stays while those before it have less than top_p together; the likeliest always stays.
         dropped_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+        dropped_BV[:, 0] = False
         logits_BV = logits_BV.masked_fill(dropped_BV.scatter(1, order_BV, dropped_BV), float("-inf"))
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]

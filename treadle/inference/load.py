@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-import yaml
 
 from treadle.config import resolve
 from treadle.data.tokenizer import Tokenizer
@@ -36,9 +34,8 @@ def load(
     steps = checkpoints.steps()
     if not steps:
         raise CheckpointError(f"{path}: holds neither {FINAL}/{SPEC_FILE} nor a complete checkpoint")
-    spec = yaml.safe_load((path / "config.yaml").read_text())["model"]
-    spec["vocab_size"] = checkpoints.facts(steps[-1])["model"]["vocab_size"]  # the recipe may leave it to the tokenizer
+    spec = checkpoints.facts(steps[-1])["model"]  # not the recipe's, which may leave the vocabulary to the tokenizer
     model = build_meta(resolve(TransformerConfig, spec)).to_empty(device=device)
-    dcp.load({"model": dict(model.named_parameters())}, checkpoint_id=str(checkpoints.path(steps[-1])), no_dist=True)
+    checkpoints.load_tensors({"model": dict(model.named_parameters())}, steps[-1])
     model.to(dtype).dtype = dtype
     return model.eval(), Tokenizer.load(path / TOKENIZER)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, autograd
 
 IGNORED = -100
-CHUNK_ELEMENTS = 1 << 29  # logits of a chunk: 1 GiB in bf16, large enough for the matmuls to run at full speed
+# Logits of a chunk. On a GPU large enough for the matmuls to run at full speed (1 GiB in bf16), on a CPU small enough
+# for the chain of elementwise passes to stay in cache.
+CHUNK_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 20}
 
 
 def linear_cross_entropy(
@@ -36,7 +38,7 @@ def linear_cross_entropy(
     chunk: tokens at a time; None picks one by memory. Returns a float32 scalar (float64 if x is).
     """
     if chunk is None:
-        chunk = max(1024, CHUNK_ELEMENTS // weight_VD.shape[0])
+        chunk = max(64, CHUNK_ELEMENTS.get(x_TD.device.type, 1 << 29) // weight_VD.shape[0])
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, z_loss, chunk)  # type: ignore[no-any-return]
 
 
@@ -104,9 +106,13 @@ def _loss_and_gradient(
     if not need_gradient:
         return loss, logits_CV
     softmax_scale_C1 = torch.where(counts_C, 1 + 2 * z_loss * lse_C, 0.0)[:, None]
-    columns_V = torch.arange(z_CV.shape[1], device=z_CV.device)
-    hit_CV = (columns_V[None, :] == index_C1) & counts_C[:, None]
-    dz_CV = (z_CV - lse_C[:, None]).exp() * softmax_scale_C1 - hit_CV.to(z_CV.dtype)
+    if torch.compiler.is_compiling():  # a comparison fuses into the one pass over the logits
+        columns_V = torch.arange(z_CV.shape[1], device=z_CV.device)
+        hit_CV = (columns_V[None, :] == index_C1) & counts_C[:, None]
+        dz_CV = (z_CV - lse_C[:, None]).exp() * softmax_scale_C1 - hit_CV.to(z_CV.dtype)
+    else:  # eagerly each operation is a pass of its own
+        dz_CV = (z_CV - lse_C[:, None]).exp_().mul_(softmax_scale_C1)
+        dz_CV.scatter_add_(1, index_C1, -counts_C[:, None].to(dz_CV.dtype))
     if softcap is not None and tanh_CV is not None:
         dz_CV = dz_CV * (1 - tanh_CV.square())
     return loss, dz_CV.to(logits_CV.dtype)

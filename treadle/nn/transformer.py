@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from treadle.attention import AttentionContext, Cache, LayerCache
 from treadle.config import Config
-from treadle.config.base import key_error
+from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
 from treadle.nn.config import Buildable, LayerConfig, NormConfig
 from treadle.nn.init import InitConfig, NormalInitConfig, initialise
@@ -35,9 +35,13 @@ class TransformerConfig(Buildable, Config):
 
     @model_validator(mode="after")
     def _check_layers(self) -> "TransformerConfig":
-        for index, layer in enumerate(self.layers):
-            for key, message in layer.problems(self.dim):
-                raise key_error(f"layers.{index}.{key}", message)
+        problems = [
+            (f"layers.{index}.{key}", message)
+            for index, layer in enumerate(self.layers)
+            for key, message in layer.problems(self.dim)
+        ]
+        if problems:
+            raise key_errors(problems)
         return self
 
     def expand(self) -> list[LayerConfig]:

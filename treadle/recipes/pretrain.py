@@ -132,7 +132,11 @@ def restore(state: TrainState, checkpointer: Checkpointer, loader: Loader, spec:
             f"{checkpointer.path(steps[-1])} holds another architecture ({changes}); restore the configuration of that "
             f"run, or start a new one"
         )
-    loader.resume(facts["data"])
+    if loader.resume(facts["data"]) != facts["step"]:
+        raise CheckpointError(
+            f"training.batch_size: {loader.batch_size}, but {checkpointer.path(steps[-1])} was made with batches of "
+            f"{facts['data']['batch_size']}, and the step counts them; restore that, or start a new run"
+        )
     checkpointer.load(state, steps[-1])
 
 
@@ -156,7 +160,7 @@ def train(
         state,
         training,
         config.schedule,
-        partial(cross_entropy, z_loss=training.z_loss),
+        partial(cross_entropy, z_loss=training.z_loss, attention=training.attention),
         [
             metrics,
             progress,

@@ -130,7 +130,8 @@ class SaveCheckpoints(Callback):
             self.checkpointer.save(loop.state, self.facts(record.step))
 
     def stop(self, loop: Loop) -> None:
-        self.checkpointer.save(loop.state, self.facts(loop.state.step), wait=True)
+        if loop.state.step:  # before the first step there is nothing that the seed does not give
+            self.checkpointer.save(loop.state, self.facts(loop.state.step), wait=True)
 
 
 class Every(Callback):

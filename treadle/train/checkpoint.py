@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Checkpointer:
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder, self.config = folder, config
+        # PyTorch says so at each save and load; one process is what is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         self._pending: tuple[Future[Any], int, dict[str, Any]] | None = None
 
     def save(self, state: TrainState, facts: dict[str, Any], *, wait: bool = False) -> None:
@@ -89,22 +92,27 @@ class Checkpointer:
         """What was saved beside the tensors. Raises CheckpointError if it is not one of ours."""
         path = self.path(step) / FACTS_FILE
         try:
-            facts: dict[str, Any] = json.loads(path.read_text())
+            facts = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable: {error}") from None
-        if facts.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format is {facts.get('format')!r}, expected '{FORMAT}'")
-        return facts
+        found = facts.get("format") if isinstance(facts, dict) else None
+        if found != FORMAT:
+            raise CheckpointError(f"{path}: format is {found!r}, expected '{FORMAT}'")
+        return dict(facts)
 
     def load(self, state: TrainState, step: int) -> None:
         """Fill the live state, in place. Raises CheckpointError naming what does not fit."""
         tensors = state.tensors()
+        self.load_tensors(tensors, step)
+        state.restore(tensors)
+        state.restore_facts(self.facts(step))
+
+    def load_tensors(self, tensors: dict[str, Any], step: int) -> None:
+        """Fill some of a checkpoint's tensors, in place. Raises CheckpointError naming what does not fit."""
         try:
             dcp.load(tensors, checkpoint_id=str(self.path(step)), no_dist=not dist.is_initialized())
         except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
             raise CheckpointError(f"{self.path(step)}: cannot be loaded: {_root_cause(error)}") from error
-        state.restore(tensors)
-        state.restore_facts(self.facts(step))
 
     def _temporary(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial"
@@ -130,7 +138,10 @@ class Checkpointer:
         steps = self.steps()
         for step in steps[: -self.config.keep]:
             if self.config.keep_every is None or step % self.config.keep_every:
+                (self.path(step) / FACTS_FILE).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
                 shutil.rmtree(self.path(step), ignore_errors=True)
+        for torn in self.folder.glob(".step-*.partial"):  # of a process that was killed: ours is not under way now
+            shutil.rmtree(torn, ignore_errors=True)
 
 
 def _write_facts(path: Path, facts: dict[str, Any]) -> None:

@@ -99,10 +99,11 @@ class Loop:
             loss, grad_norm = torch.stack((result.loss, norm)).tolist()
             if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not state.scaler.is_enabled()):
                 self._fail(loss, grad_norm, batches)
-            if self.config.clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(state.model.parameters(), self.config.clip_norm, norm)
-            for optimizer in state.optimizers.optimizers:
-                state.scaler.step(optimizer)  # skips the step where fp16 overflowed
+            if math.isfinite(grad_norm):  # else fp16 overflowed: no optimizer steps, and the scaler goes down
+                if self.config.clip_norm is not None:
+                    nn.utils.clip_grads_with_norm_(state.model.parameters(), self.config.clip_norm, norm)
+                for optimizer in state.optimizers.optimizers:
+                    state.scaler.step(optimizer)
             state.scaler.update()
             state.optimizers.zero_grad()
         state.step += 1

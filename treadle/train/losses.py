@@ -1,7 +1,7 @@
 """Losses. Each returns a sum and a count, so that any split of a batch over micro-batches and ranks adds up exactly."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class Loss:
 LossFunction = Callable[[Transformer, Batch], Loss]
 
 
-def cross_entropy(model: Transformer, batch: Batch, *, z_loss: float = 0.0) -> Loss:
-    """Next-token cross entropy in nats, summed over the targets that count."""
-    hidden_BSD = model.hidden(batch.tokens_BS, batch.context)
+def cross_entropy(model: Transformer, batch: Batch, *, z_loss: float = 0.0, attention: str = "auto") -> Loss:
+    """Next-token cross entropy in nats, summed over the targets that count. attention: the backend's name."""
+    hidden_BSD = model.hidden(batch.tokens_BS, replace(batch.context, backend=attention))
     return Loss(model.head.cross_entropy(hidden_BSD, batch.targets_BS, z_loss=z_loss))

@@ -72,6 +72,7 @@ class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
+    weight_decay: NonNegativeFloat = Field(0.1, description="weight decay of matrices, added to their gradient")
     momentum: NonNegativeFloat = Field(0.9, lt=1, description="decay of the momentum; 0: none")
     nesterov: bool = Field(False, description="Nesterov momentum")
 

@@ -62,8 +62,8 @@ class WSDConfig(ScheduleConfig):
     shape: Literal["linear", "sqrt"] = Field("linear", description="sqrt: 1 - sqrt(progress) (arXiv:2405.18392)")
 
     def after(self, step: int, steps: int) -> float:
-        start = steps * (1 - self.decay)
-        progress = min(1.0, max(0.0, (step - start) / (steps - start)))
+        length = min(steps, self.decay * (self.warmup + steps))
+        progress = min(1.0, max(0.0, 1 - (steps - step) / length))
         if self.shape == "sqrt":
             progress = math.sqrt(progress)
         return 1 - (1 - self.final) * progress

@@ -15,12 +15,15 @@ DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises ConfigError for cuda without a GPU."""
+    """`auto` is the GPU if there is one. Raises ConfigError for cuda without a GPU, and for no device at all."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: '{name}', but PyTorch sees no GPU here; use device=cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: '{name}'; expected auto, cpu, cuda or cuda:N") from None
 
 
 def with_vocabulary(model: TransformerConfig, size: int) -> TransformerConfig:

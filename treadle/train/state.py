@@ -56,4 +56,5 @@ class TrainState:
 
     def restore_facts(self, facts: dict[str, Any]) -> None:
         self.step, self.tokens, self.flops = facts["step"], facts["tokens"], facts["flops"]
-        self.scaler.load_state_dict(facts["scaler"])
+        if facts["scaler"]:  # empty if the run was not in fp16 until now
+            self.scaler.load_state_dict(facts["scaler"])

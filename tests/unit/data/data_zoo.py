@@ -1,5 +1,6 @@
 """Small token datasets whose content is known."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,9 @@ def documents(lengths: Sequence[int], first: int = 1) -> list[list[int]]:
     return result
 
 
-def written(folder: Path, texts: Sequence[Sequence[int]], *, shard_tokens: int = 1 << 20, vocab: int = 60_000) -> ShardDataset:
+def written(
+    folder: Path, texts: Sequence[Sequence[int]], *, shard_tokens: int = 1 << 20, vocab: int = 60_000
+) -> ShardDataset:
     """The documents as a dataset on disk; their text is said to have two bytes for each token."""
     with ShardWriter(folder, vocab_size=vocab, tokenizer="zoo", shard_tokens=shard_tokens) as writer:
         for text in texts:
@@ -30,3 +33,8 @@ def written(folder: Path, texts: Sequence[Sequence[int]], *, shard_tokens: int =
 def shape(seed: int, count: int, longest: int) -> list[int]:
     """Lengths of documents."""
     return np.random.default_rng(seed).integers(1, longest, count).tolist()
+
+
+def die(task: object) -> None:
+    """What a worker does that runs out of memory."""
+    os._exit(9)

@@ -1,4 +1,4 @@
-"""Batches: against a loop that packs naively, on any number of ranks, from any step, with documents kept apart or not."""
+"""Batches: against a loop that packs naively, on any ranks, from any step, with documents kept apart or not."""
 
 import gc
 import json
@@ -69,6 +69,7 @@ def check_against_naive(batch: Batch, datasets: list[TokenDataset]) -> None:
     B = len(batch.tokens_BS)
     padded = cumulative + [B * S] * (len(batch.context.cumulative_lengths_N) - len(cumulative))
     assert batch.context.cumulative_lengths_N.tolist() == padded
+    assert len(batch.context.cumulative_lengths_N) == boundaries(len(cumulative))
     assert batch.context.max_length == S
     assert batch.valid_tokens == int((batch.targets_BS != -100).sum())
 
@@ -76,6 +77,12 @@ def check_against_naive(batch: Batch, datasets: list[TokenDataset]) -> None:
 def test_isolated_rows_equal_a_naive_loop(datasets: list[TokenDataset]) -> None:
     for step in range(6):
         check_against_naive(loader(datasets).batch(step), datasets)
+
+
+def test_many_documents_equal_a_naive_loop(datasets: list[TokenDataset]) -> None:
+    batch = loader(datasets).samples(100, 180)
+    check_against_naive(batch, datasets)
+    assert len(batch.context.cumulative_lengths_N) == 256
 
 
 def test_without_isolation_every_target_counts(datasets: list[TokenDataset]) -> None:
@@ -282,3 +289,15 @@ def test_a_forgotten_prefetch_stops() -> None:
     del items
     gc.collect()
     wait_until_none_is_alive()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_made_ahead_are_pinned_and_arrive_whole(datasets: list[TokenDataset]) -> None:
+    with loader(datasets).iterate(3, 5) as batches:
+        for step, batch in enumerate(batches, start=3):
+            assert batch.tokens_BS.is_pinned()
+            assert batch.context.positions_BS.is_pinned()
+            moved, expected = batch.to("cuda", non_blocking=True), loader(datasets).batch(step)
+            torch.cuda.synchronize()
+            assert moved.targets_BS.cpu().equal(expected.targets_BS)
+            assert moved.context.cumulative_lengths_N.cpu().equal(expected.context.cumulative_lengths_N)

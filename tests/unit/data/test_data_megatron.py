@@ -29,7 +29,7 @@ def index(code: int, size: int, lengths: list[int], firsts: list[int]) -> bytes:
     return content + b"".join(n.to_bytes(8, "little") for n in firsts)
 
 
-@pytest.fixture()
+@pytest.fixture
 def prefix(tmp_path: Path) -> Path:
     path = tmp_path / "corpus_text_document"
     path.with_suffix(".idx").write_bytes(index(8, 2, [3, 2, 2], FIRSTS))
@@ -82,7 +82,7 @@ def test_every_cut_of_either_file_is_refused(prefix: Path) -> None:
     (prefix.with_suffix(".bin")).unlink()
     with pytest.raises(DataError, match="missing"):
         MegatronDataset(prefix)
-    with pytest.raises(DataError, match="without .bin or .idx"):
+    with pytest.raises(DataError, match=r"without \.bin or \.idx"):
         MegatronDataset(prefix.with_suffix(".bin"))
 
 

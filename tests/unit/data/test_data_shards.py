@@ -141,7 +141,10 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> No
 
 
 def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="vocabulary of 10"), ShardWriter(tmp_path / "w", vocab_size=10, tokenizer="") as w:
+    with (
+        pytest.raises(DataError, match="vocabulary of 10"),
+        ShardWriter(tmp_path / "w", vocab_size=10, tokenizer="") as w,
+    ):
         w.write(np.array([3, 10]), np.array([2]), 0)
     assert not (tmp_path / "w" / MANIFEST).exists()
 
@@ -158,9 +161,13 @@ def test_an_id_outside_of_the_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_fails_leaves_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, vocab_size=9, tokenizer="") as writer:
-        writer.write(np.array([1, 2]), np.array([2]), 2)
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, vocab_size=9, tokenizer="") as writer:
+            writer.write(np.array([1, 2]), np.array([2]), 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not (tmp_path / MANIFEST).exists()
 
 
@@ -171,5 +178,9 @@ def test_a_writer_does_not_mix_with_what_is_there(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_the_content(tmp_path: Path) -> None:
-    one, same, other = written(tmp_path / "a", TEXTS), written(tmp_path / "b", TEXTS), written(tmp_path / "c", TEXTS[1:])
+    one, same, other = (
+        written(tmp_path / "a", TEXTS),
+        written(tmp_path / "b", TEXTS),
+        written(tmp_path / "c", TEXTS[1:]),
+    )
     assert one.fingerprint == same.fingerprint != other.fingerprint

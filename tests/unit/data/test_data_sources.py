@@ -33,7 +33,9 @@ def test_a_text_file_is_a_document_and_globs_are_sorted(tmp_path: Path) -> None:
 
 
 @given(
-    documents=st.lists(st.text(st.characters(exclude_characters="#", codec="utf-8"), max_size=12), min_size=1, max_size=12),
+    documents=st.lists(
+        st.text(st.characters(exclude_characters="#", codec="utf-8"), max_size=12), min_size=1, max_size=12
+    ),
     separator=st.sampled_from(["\n\n", "\n", "#", "<|endoftext|>", "é#"]),
     piece=st.integers(1, 40),
     block=st.integers(1, 9),
@@ -56,7 +58,9 @@ def test_any_cut_gives_each_document_once(
 
 
 def jsonl(documents: list[str], key: str = "text") -> bytes:
-    return "".join(json.dumps({"id": i, key: text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(documents)).encode()
+    return "".join(
+        json.dumps({"id": i, key: text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(documents)
+    ).encode()
 
 
 def zst(data: bytes) -> bytes:

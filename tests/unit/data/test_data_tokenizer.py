@@ -11,12 +11,17 @@ from pydantic import ValidationError
 from treadle.data.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig
 from treadle.errors import DataError
 
-CODE = "def f(x):\n    return x + 12345  # naïve 你好\n\n\nclass A:\n\tpass\n" * 20 + "don't we're it's the theory of other things " * 50
+CODE = (
+    "def f(x):\n    return x + 12345  # naïve 你好\n\n\nclass A:\n\tpass\n" * 20
+    + "don't we're it's the theory of other things " * 50
+)
 # Text as hypothesis makes it, and text with what tokenizers stumble over.
 TEXT = st.one_of(
     st.text(),
     st.lists(
-        st.sampled_from(["<|endoftext|>", "<|reserved_0|>", " ", "\n", "\t", "\r\n", "123", "é", "e\u0301", "\ufeff", "\x00"])
+        st.sampled_from(
+            ["<|endoftext|>", "<|reserved_0|>", " ", "\n", "\t", "\r\n", "123", "é", "e\u0301", "\ufeff", "\x00"]
+        )
     ).map("".join),
 )
 

@@ -1,0 +1,183 @@
+"""What only a GPU can show: kernels against float64, compiled training, checkpoints, sampling."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from treadle.attention import AttentionContext, AttentionFacts, attend, choose
+from treadle.config import resolve
+from treadle.data.packing import Batch
+from treadle.kernels.linear_cross_entropy import linear_cross_entropy
+from treadle.nn.transformer import TransformerConfig
+from treadle.train.checkpoint import Checkpointer
+from treadle.train.config import CheckpointConfig, TrainingConfig
+from treadle.train.loop import Callback, Loop, StepRecord
+from treadle.train.losses import cross_entropy
+from treadle.train.optimizers import AdamWConfig, MuonConfig
+from treadle.train.schedules import ConstantConfig
+from treadle.train.setup import build_model, build_state
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+CUDA = torch.device("cuda")
+
+CASES = {
+    "sdpa": [{}, {"window": 65}],
+    "flash": [{}, {"window": 1}, {"window": 65}, {"scale": 0.3}],
+    "flex": [{}, {"window": 65}, {"softcap": 5.0}, {"softcap": 5.0, "window": 200}],
+}
+
+
+def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [((8, 8), 64), ((8, 2), 64), ((4, 1), 128)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("backend", "fact"), [(b, f) for b, facts in CASES.items() for f in facts])
+def test_attention_equals_float64(
+    backend: str, fact: dict[str, Any], packed: bool, heads: tuple[int, int], head_dim: int
+) -> None:
+    torch.manual_seed(0)
+    B, S = 2, 389
+    documents_BS = (torch.rand(B, S, device=CUDA) < 0.01).cumsum(1)
+    context = AttentionContext.packed(documents_BS) if packed else AttentionContext.causal(B, S, device=CUDA)
+    narrow = [torch.randn(B, S, h, head_dim, device=CUDA, dtype=torch.bfloat16) for h in (heads[0], heads[1], heads[1])]
+    facts, grad = AttentionFacts(**fact), torch.randn_like(narrow[0])
+    results = []
+    for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in narrow]
+        seen = AttentionContext(context.positions_BS, context.documents_BS, context.cumulative_lengths_N, S, name)
+        out = attend(*leaves, facts, seen)
+        out.backward(grad.to(dtype))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for got, exact in zip(*results, strict=True):
+        assert relative(got, exact) < 8e-3
+
+
+def test_the_measured_choice() -> None:
+    q = torch.zeros(1, 256, 4, 64, device=CUDA, dtype=torch.bfloat16)
+    plain = AttentionContext.causal(1, 256, device=CUDA)
+    packed = AttentionContext.packed(torch.zeros(1, 256, device=CUDA, dtype=torch.int32))
+    assert choose(q, AttentionFacts(), plain) == "sdpa"
+    assert choose(q, AttentionFacts(), packed) == "flash"
+    assert choose(q, AttentionFacts(window=9), plain) == "flash"
+    assert choose(q, AttentionFacts(softcap=5.0), plain) == "flex"
+    assert choose(q.float(), AttentionFacts(), packed) == "flex"
+
+
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (30.0, 1e-3)])
+def test_linear_cross_entropy_equals_float64(softcap: float | None, z_loss: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3000, 128, device=CUDA)
+    weight = torch.randn(5003, 128, device=CUDA) * 0.1
+    targets = torch.randint(0, 5003, (3000,), device=CUDA)
+    targets[::5] = -100
+    narrow, master = x.bfloat16().requires_grad_(), weight.clone().requires_grad_()
+    loss = linear_cross_entropy(narrow, master, targets, softcap=softcap, z_loss=z_loss, chunk=1024)
+    loss.backward()
+    wide, exact = narrow.detach().double().requires_grad_(), weight.double().requires_grad_()
+    logits = wide @ exact.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    penalty = z_loss * logits.logsumexp(-1)[targets != -100].square().sum()
+    reference = F.cross_entropy(logits, targets, reduction="sum") + penalty
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-3)
+    assert relative(narrow.grad, wide.grad) < 1e-2
+    assert relative(master.grad, exact.grad) < 1e-2
+
+
+SPEC = {
+    "dim": 128,
+    "vocab_size": 512,
+    "max_length": 256,
+    "layers": [
+        {
+            "kind": "pre_norm",
+            "repeat": 3,
+            "mixer": {"kind": "attention", "heads": 4, "kv_heads": 2, "qk_norm": "rms"},
+            "feedforward": {"kind": "gated", "dim": 256},
+        }
+    ],
+}
+
+
+def batches(steps: int, packed: bool) -> list[list[Batch]]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(steps):
+        tokens_BS = torch.randint(0, 512, (4, 257), generator=generator).sort(dim=1).values  # learnable: ever larger
+        documents_BS = (torch.rand(4, 256, generator=generator) < 0.02).cumsum(1)
+        context = AttentionContext.packed(documents_BS, boundaries=128) if packed else AttentionContext.causal(4, 256)
+        rows_B = torch.arange(4)
+        made.append([Batch(tokens_BS[:, :-1], tokens_BS[:, 1:], context, 4 * 256, rows_B, rows_B)])
+    return made
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def step(self, loop: Loop, record: StepRecord) -> None:
+        self.values.append(record.loss)
+
+
+def losses(packed: bool, steps: int = 12, optimizer: Any = None, **changes: Any) -> list[float]:
+    torch.compiler.reset()
+    config = TrainingConfig(steps=steps, sequence_length=256, batch_size=4, **changes)
+    model = build_model(resolve(TransformerConfig, SPEC), config, seed=0, device=CUDA)
+    state = build_state(model, optimizer or AdamWConfig(lr=3e-3), config)
+    record = Losses()
+    Loop(state, config, ConstantConfig(), cross_entropy, [record]).run(batches(steps, packed))
+    return record.values
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_way_to_compute_gives_the_same_losses(packed: bool) -> None:
+    exact = losses(packed, precision="fp32", compile=False)
+    assert exact[-1] < exact[0] - 0.5
+    for precision, compiled, checkpointing in itertools.product(("bf16", "fp16"), (False, True), ("none", "full")):
+        got = losses(packed, precision=precision, compile=compiled, activation_checkpointing=checkpointing)
+        assert got == pytest.approx(exact, abs=0.05), (precision, compiled, checkpointing)
+    got = losses(packed, precision="bf16", compile=True, activation_checkpointing="selective")
+    assert got == pytest.approx(exact, abs=0.05)
+
+
+def test_muon_learns_in_bf16() -> None:
+    values = losses(True, optimizer=MuonConfig(lr=3e-3), precision="bf16")
+    assert values[-1] < values[0] - 0.5
+
+
+def test_checkpointing_saves_memory() -> None:
+    peaks = []
+    for mode in ("none", "selective", "full"):
+        torch.cuda.reset_peak_memory_stats()
+        losses(False, steps=2, precision="bf16", compile=False, activation_checkpointing=mode)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_a_resumed_run_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
+    config = TrainingConfig(steps=8, sequence_length=256, batch_size=4, compile=False)
+    data = batches(8, False)
+
+    def fresh() -> Any:
+        return build_state(
+            build_model(resolve(TransformerConfig, SPEC), config, seed=0, device=CUDA), AdamWConfig(), config
+        )
+
+    whole, first, second = Losses(), Losses(), Losses()
+    Loop(fresh(), config, ConstantConfig(), cross_entropy, [whole]).run(data)
+    state = fresh()
+    Loop(state, config.model_copy(update={"steps": 5}), ConstantConfig(), cross_entropy, [first]).run(data)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    checkpointer.save(state, {})
+    checkpointer.finish(strict=True)
+    resumed = fresh()
+    checkpointer.load(resumed, 5)
+    Loop(resumed, config, ConstantConfig(), cross_entropy, [second]).run(data[5:])
+    assert first.values + second.values == pytest.approx(whole.values, abs=1e-4)

@@ -1,0 +1,144 @@
+"""Every backend that runs on this machine against the reference, and the reference against a loop over positions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, Cache, LayerCache, attend, choose, flex
+from treadle.errors import ConfigError
+
+
+def tensors(B: int, S: int, H: int, G: int, K: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, S, heads, K, generator=generator, dtype=torch.float64) for heads in (H, G, G)]
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, facts: AttentionFacts, documents: list[list[int]]) -> Tensor:
+    """The definition, one query at a time."""
+    B, S, H, K = q.shape
+    out = torch.zeros_like(q)
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // k.shape[2])
+            for i in range(S):
+                first = 0 if facts.window is None else max(0, i - facts.window + 1)
+                seen = [j for j in range(first, i + 1) if documents[b][j] == documents[b][i]]
+                scores = torch.stack([q[b, i, h] @ k[b, j, g] for j in seen]) * (facts.scale or 1 / math.sqrt(K))
+                if facts.softcap is not None:
+                    scores = facts.softcap * torch.tanh(scores / facts.softcap)
+                weights = scores.exp() / scores.exp().sum()
+                out[b, i, h] = sum(w * v[b, j, g] for w, j in zip(weights, seen, strict=True))
+    return out
+
+
+facts_strategy = st.builds(
+    AttentionFacts,
+    scale=st.sampled_from([None, 0.3]),
+    window=st.sampled_from([None, 1, 3, 8, 100]),
+    softcap=st.sampled_from([None, 2.0]),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Tensor], AttentionFacts, list[list[int]]]:
+    B, S, G, R = draw(st.integers(1, 2)), draw(st.integers(1, 9)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    documents = [sorted(draw(st.lists(st.integers(0, 3), min_size=S, max_size=S))) for _ in range(B)]
+    return tensors(B, S, G * R, G, 4, draw(st.integers(0, 99))), draw(facts_strategy), documents
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_reference_is_the_definition(case: tuple[list[Tensor], AttentionFacts, list[list[int]]]) -> None:
+    qkv, facts, documents = case
+    context = AttentionContext.packed(torch.tensor(documents), backend="reference")
+    torch.testing.assert_close(attend(*qkv, facts, context), by_hand(*qkv, facts, documents))
+
+
+def with_gradients(qkv: list[Tensor], facts: AttentionFacts, context: AttentionContext) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in qkv]
+    out = attend(*leaves, facts, context)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 5, 64, 1000])
+def test_sdpa_equals_reference_with_gradients(window: int | None, packed: bool) -> None:
+    qkv, facts = tensors(2, 64, 4, 2, 8), AttentionFacts(window=window)
+    documents_BS = (torch.arange(64) // 23).expand(2, 64)
+    results = []
+    for backend in ("sdpa", "reference"):
+        context = (
+            AttentionContext.packed(documents_BS, backend=backend)
+            if packed
+            else AttentionContext.causal(2, 64, backend=backend)
+        )
+        results.append(with_gradients(qkv, facts, context))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([None, 1, 100, 128, 129, 300]),
+    st.lists(st.integers(1, 200), min_size=1, max_size=6),
+    st.sampled_from([None, 3.0]),
+)
+def test_flex_visits_every_chunk_that_matters(window: int | None, lengths: list[int], softcap: float | None) -> None:
+    S = sum(lengths)
+    documents_BS = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    facts = AttentionFacts(window=window, softcap=softcap)
+    context = AttentionContext.packed(documents_BS)
+    dense = flex.block_mask(facts, context).to_dense()[0, 0].bool()
+    from treadle.attention.facts import visible
+
+    seen = visible(facts, context, S)[0]
+    for i in range(dense.shape[0]):
+        for j in range(dense.shape[1]):
+            chunk = seen[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
+            assert dense[i, j] or not chunk.any(), (i, j)
+    qkv = [t.float() for t in tensors(1, S, 2, 1, 16)]
+    reference = attend(*qkv, facts, AttentionContext.packed(documents_BS, backend="reference"))
+    assert (flex.attend(*qkv, facts, context) - reference).abs().max() < 1e-5
+
+
+def test_a_cache_gives_the_same_as_the_whole_row() -> None:
+    qkv, facts = tensors(2, 20, 4, 2, 8), AttentionFacts(window=6)
+    whole = attend(*qkv, facts, AttentionContext.causal(2, 20, backend="reference"))
+    cache = LayerCache(2, 20, 2, 8, torch.float64, torch.device("cpu"))
+    start, pieces = 0, []
+    for size in (7, 1, 1, 11):
+        q, k, v = (t[:, start : start + size] for t in qkv)
+        positions_BS = torch.arange(start, start + size).expand(2, size)
+        context = AttentionContext(positions_BS, backend="sdpa", cache=cache)
+        pieces.append(attend(q, *cache.append(k, v), facts, context))
+        start += size
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+    with pytest.raises(ValueError, match="holds 20 tokens"):
+        cache.append(qkv[1][:, :1], qkv[2][:, :1])
+    assert Cache([cache])[0] is cache
+
+
+def test_a_named_backend_is_obeyed_or_refused() -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    for name, reason in (("flash", "runs on CUDA only"), ("flex", "trains on CUDA only")):
+        with pytest.raises(ConfigError, match=f"'{name}' cannot be used here: it {reason}.*Able: reference, sdpa"):
+            choose(q, AttentionFacts(), AttentionContext.causal(1, 4, backend=name))
+    with pytest.raises(ConfigError, match="'sdpa' cannot be used here: it has no softcap"):
+        choose(q, AttentionFacts(softcap=5.0), AttentionContext.causal(1, 4, backend="sdpa"))
+    with pytest.raises(ConfigError, match=r"'spda' is unknown. Did you mean 'sdpa'\?"):
+        choose(q, AttentionFacts(), AttentionContext.causal(1, 4, backend="spda"))
+    assert choose(q, AttentionFacts(), AttentionContext.causal(1, 4)) == "sdpa"
+    assert choose(q, AttentionFacts(softcap=5.0), AttentionContext.causal(1, 4)) == "reference"
+    assert set(BACKENDS) == {"reference", "sdpa", "flash", "flex"}
+
+
+def test_packed_context_marks_every_document() -> None:
+    context = AttentionContext.packed(torch.tensor([[0, 0, 1, 1, 1], [4, 5, 5, 6, 6]]), boundaries=9)
+    assert context.positions_BS.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
+    assert context.cumulative_lengths_N is not None
+    assert context.cumulative_lengths_N.tolist() == [0, 2, 5, 6, 8, 10, 10, 10, 10]
