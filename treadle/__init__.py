@@ -1,17 +1,17 @@
 """Treadle: a research framework for language models, from one YAML architecture to a served model.
 
-    model = treadle.build("recipes/models/tiny.yaml")
-    run = treadle.train("recipes/quickstart.yaml", ["training.steps=100"])
-    print(treadle.generate(*treadle.load(run), "def "))
+model = treadle.build("recipes/models/llama-1.5b.yaml")
+folder = treadle.run("recipes/quickstart.yaml", ["training.steps=100"])
+print(treadle.generate(*treadle.load(folder), "def "))
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "find_run", "generate", "load", "stream", "train"]
+__all__ = ["build", "find_run", "generate", "load", "run", "stream"]
 
 if TYPE_CHECKING:
-    from treadle.api import build, find_run, generate, load, stream, train
+    from treadle.api import build, find_run, generate, load, run, stream
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python API: `import treadle`, then `build`, `train`, `load`, `generate`."""
+"""The Python API: `import treadle`, then `build`, `run`, `load`, `generate`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from treadle import recipes
 from treadle.config import resolve
 from treadle.data.tokenizer import Tokenizer
+from treadle.errors import ConfigError
 from treadle.inference import generate as sampling
 from treadle.inference.load import load as load_folder
 from treadle.nn.transformer import Transformer, TransformerConfig
@@ -28,14 +29,17 @@ def build(
         from treadle.config import read_yaml
 
         source = read_yaml(spec)
-    source = source.get("model", source)
+    if "model" in source:
+        source = {**source["model"], "imports": source.get("imports")}
     config = resolve(TransformerConfig, source, overrides)
+    if config.vocab_size is None:
+        raise ConfigError("vocab_size: not set, and there is no tokenizer here to take it from; give a number")
     with torch.device(device):
         model: Transformer = config.build()
     return model.initialise(seed)
 
 
-def train(
+def run(
     recipe: Path | str | None = None,
     overrides: Sequence[str] = (),
     *,

@@ -4,6 +4,7 @@ Errors that the user can act on (`TreadleError`) are printed as one message, exi
 anything else is a bug and keeps its traceback.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -84,6 +85,7 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of every error.")] = False,
 ) -> None:
     """Compose, train, sample and measure language models."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
 
 
 def main() -> None:

@@ -47,4 +47,4 @@ def train(
         recipe = None
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("give a recipe, or --resume RUN")
-    treadle.train(recipe, changes, preset=preset, resume=resume, root=root)
+    treadle.run(recipe, changes, preset=preset, resume=resume, root=root)

@@ -91,6 +91,7 @@ class Loader:
             "datasets": [dataset.fingerprint for dataset in self.datasets],
             "shares": list(self.mixture.shares),
             "sequence_length": self.sequence_length,
+            "isolate_documents": self.isolate_documents,
             "seed": self.seed,
         }
 

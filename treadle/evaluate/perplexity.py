@@ -1,7 +1,7 @@
 """How well a model predicts held-out text: nats per token, perplexity, bits per byte."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,17 +37,19 @@ class Perplexity:
 
 
 @torch.no_grad()
-def evaluate_perplexity(model: Transformer, data: Sequential, text_bytes: int) -> Perplexity:
-    """Predict every token of `data` once. text_bytes: of the predicted tokens (`Sequential.predicted_bytes`).
+def evaluate_perplexity(
+    model: Transformer, data: Sequential, text_bytes: int, *, attention: str = "auto"
+) -> Perplexity:
+    """Predict every token of `data` once.
 
-    The model's mode and gradients are left as they were.
+    text_bytes: of the predicted tokens (`Sequential.predicted_bytes`). attention: the backend. The model's mode and gradients are left as they were.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in data:
         on_device = batch.to(device)
-        hidden_BSD = model.hidden(on_device.tokens_BS, on_device.context)
+        hidden_BSD = model.hidden(on_device.tokens_BS, replace(on_device.context, backend=attention))
         nats += model.head.cross_entropy(hidden_BSD, on_device.targets_BS)
         tokens += batch.valid_tokens
     model.train(training)

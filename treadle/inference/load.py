@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
-from treadle.config import resolve
+from treadle.config import read_yaml, resolve
+from treadle.config.include import names
+from treadle.config.load import import_all
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import CheckpointError
 from treadle.nn.store import SPEC_FILE, build_meta, load_model
@@ -27,6 +29,9 @@ def load(
     path = Path(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    recipe = path / "config.yaml"
+    if recipe.is_file():  # a run may be made of the user's own blocks
+        import_all(names(read_yaml(recipe).get("imports"), "imports", str(recipe)), str(recipe))
     for folder in (path, path / FINAL):
         if (folder / SPEC_FILE).is_file():
             return load_model(folder, device=device, dtype=dtype), Tokenizer.load(folder / TOKENIZER)

@@ -38,7 +38,9 @@ def linear_cross_entropy(
     chunk: tokens at a time; None picks one by memory. Returns a float32 scalar (float64 if x is).
     """
     if chunk is None:
-        chunk = max(64, CHUNK_ELEMENTS.get(x_TD.device.type, 1 << 29) // weight_VD.shape[0])
+        # A power of two, so that a batch divides into equal chunks of whole matmul tiles.
+        fits = CHUNK_ELEMENTS["cpu" if x_TD.device.type == "cpu" else "cuda"] // weight_VD.shape[0]
+        chunk = max(64, 1 << max(0, fits.bit_length() - 1))
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, z_loss, chunk)  # type: ignore[no-any-return]
 
 

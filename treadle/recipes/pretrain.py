@@ -104,7 +104,7 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
         data.tokenizer.save(run.folder / TOKENIZER)
         checkpointer = Checkpointer(run.folder / CHECKPOINTS, config.checkpoint)
         if resume is not None:
-            restore(state, checkpointer, loader, spec)
+            restore(state, checkpointer, loader, spec, config.training.steps)
         console.print(
             f"run {run.id}: {parameter_count(model):,} parameters on {device.type}, "
             f"{sum(dataset.tokens for dataset in data.train):,} training tokens",
@@ -119,8 +119,11 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
     return run.folder
 
 
-def restore(state: TrainState, checkpointer: Checkpointer, loader: Loader, spec: TransformerConfig) -> None:
-    """Load the latest checkpoint, after checking that model and data are the ones it was made with."""
+def restore(state: TrainState, checkpointer: Checkpointer, loader: Loader, spec: TransformerConfig, end: int) -> None:
+    """Load the latest checkpoint, after checking that model and data are the ones it was made with.
+
+    end: the run's number of steps, which the checkpoint must not be beyond.
+    """
     steps = checkpointer.steps()
     if not steps:
         logger.warning("no complete checkpoint in %s: starting from step 0", checkpointer.folder)
@@ -137,6 +140,8 @@ def restore(state: TrainState, checkpointer: Checkpointer, loader: Loader, spec:
             f"training.batch_size: {loader.batch_size}, but {checkpointer.path(steps[-1])} was made with batches of "
             f"{facts['data']['batch_size']}, and the step counts them; restore that, or start a new run"
         )
+    if facts["step"] > end:
+        raise CheckpointError(f"training.steps: {end}, but the run has a checkpoint of step {facts['step']}; raise it")
     checkpointer.load(state, steps[-1])
 
 
@@ -207,7 +212,7 @@ def evaluate_held_out(config: RecipeConfig, model: Transformer, data: Prepared) 
             isolate_documents=config.data.isolate_documents,
         )
         text_bytes = held_out.predicted_bytes(data.tokenizer.token_bytes())
-        results[name] = evaluate_perplexity(model, held_out, text_bytes)
+        results[name] = evaluate_perplexity(model, held_out, text_bytes, attention=config.training.attention)
     return results
 
 

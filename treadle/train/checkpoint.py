@@ -45,7 +45,7 @@ class Checkpointer:
         for fails (a full disk), that is logged and the run goes on with the checkpoints it has; a waited-for failure
         raises CheckpointError. Either way nothing that was complete is lost.
         """
-        self.finish()  # one at a time: the staging buffers are reused
+        self.finish()  # one at a time: each holds a copy of the state in host memory
         if self.path(state.step).exists():
             return
         facts = {"format": FORMAT, **state.facts(), **facts}

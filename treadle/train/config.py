@@ -19,9 +19,7 @@ class TrainingConfig(Config):
     batch_size: PositiveInt = Field(description="rows of the global batch")
     micro_batch_size: PositiveInt | None = Field(None, description="rows at a time, gradients accumulate; null: all")
     precision: Precision = Field("bf16", description="compute dtype; master weights are fp32, fp16 uses a loss scaler")
-    clip_norm: PositiveFloat | None = Field(
-        1.0, description="scale gradients down to this global norm; null: never"
-    )
+    clip_norm: PositiveFloat | None = Field(1.0, description="scale gradients down to this global norm; null: never")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log partition function")
     attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = Field("auto", description="attention backend")
     activation_checkpointing: ActivationCheckpointing = Field(

@@ -68,7 +68,9 @@ def test_a_seed_reproduces_its_samples():
 def test_each_sample_follows_its_own_past():
     """The cache keeps rows apart: greedy continuations of a row's own tokens, whatever its neighbours drew."""
     model = wild()
-    rows = list(zip(*stream(model, PROMPT, max_new_tokens=10, temperature=1.0, top_k=2, samples=4, seed=3), strict=True))
+    rows = list(
+        zip(*stream(model, PROMPT, max_new_tokens=10, temperature=1.0, top_k=2, samples=4, seed=3), strict=True)
+    )
     with torch.no_grad():
         for row in rows:
             tokens = list(PROMPT)

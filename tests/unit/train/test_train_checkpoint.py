@@ -104,8 +104,14 @@ def test_a_torn_checkpoint_is_never_picked_up(tmp_path):
 
 @pytest.mark.parametrize(
     ("keep", "keep_every", "left"),
-    [(1, None, [9]), (2, None, [8, 9]), (3, None, [7, 8, 9]), (1, 4, [4, 8, 9]), (2, 3, [3, 6, 8, 9]), (20, None, [*range(1, 10)])],
-)  # fmt: skip
+    [
+        (1, None, [9]),
+        (3, None, [7, 8, 9]),
+        (1, 4, [4, 8, 9]),
+        (2, 3, [3, 6, 8, 9]),
+        (20, None, [*range(1, 10)]),
+    ],
+)
 def test_retention(tmp_path, keep, keep_every, left):
     state = make_state(training_config())
     saver = checkpointer(tmp_path, keep=keep, keep_every=keep_every)
@@ -260,7 +266,8 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, stop, optimizer):
     """Also one that was interrupted before its first step."""
     _, expected = trained(6, optimizer=optimizer)
     saver = checkpointer(tmp_path, every=2)
-    state, losses = trained(6, optimizer=optimizer, callbacks=[Interrupt(stop), SaveCheckpoints(saver, lambda step: {})])
+    callbacks = [Interrupt(stop), SaveCheckpoints(saver, lambda step: {})]
+    _, losses = trained(6, optimizer=optimizer, callbacks=callbacks)
     assert len(losses) == stop
     fresh = make_state(training_config(), optimizer)
     if saver.steps():

@@ -1,6 +1,7 @@
 """The loop: its steps, clipping, precisions, what stops it."""
 
 import copy
+import itertools
 import os
 import signal
 import threading
@@ -93,9 +94,7 @@ def test_clipping_is_pytorchs(limit):
 
 
 def test_no_clipping():
-    loop = make_loop(
-        Recorder(), optimizer=SGDConfig(lr=1.0, weight_decay=0.0, momentum=0.0), clip_norm=None, steps=1
-    )
+    loop = make_loop(Recorder(), optimizer=SGDConfig(lr=1.0, weight_decay=0.0, momentum=0.0), clip_norm=None, steps=1)
     model = copy.deepcopy(loop.state.model)
     before = copied(model)
     loop.run(batches(loop))
@@ -130,9 +129,7 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(optimizer):
     loop.run(batches(loop))
     scale = loop.state.scaler.get_scale()
     assert scale < 2.0**40
-    skipped = [
-        all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(weights, weights[1:], strict=False)
-    ]
+    skipped = [all(torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(weights)]
     assert skipped[0]
     assert not skipped[-1]
     assert sum(skipped) == round(torch.tensor(2.0**40 / scale).log2().item()), "each overflow halves the scale"

@@ -1,5 +1,6 @@
 """Learning-rate schedules against the formulas of their papers."""
 
+import itertools
 import math
 
 import pytest
@@ -108,4 +109,4 @@ def test_factors_are_shares_of_the_peak_and_fall_after_warmup(schedule, steps):
     factors = [schedule.factor(step, steps) for step in range(steps + 5)]
     assert all(0 <= factor <= 1 + 1e-12 for factor in factors)
     after = factors[schedule.warmup :]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))

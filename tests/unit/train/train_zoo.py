@@ -26,7 +26,8 @@ def spec(**changes: Any) -> TransformerConfig:
         "mixer": {"kind": "attention", "heads": 2, "kv_heads": 1},
         "feedforward": {"kind": "gated", "dim": 64},
     }
-    return resolve(TransformerConfig, {"dim": 32, "vocab_size": VOCABULARY, "max_length": 64, "layers": [layer], **changes})
+    plain = {"dim": 32, "vocab_size": VOCABULARY, "max_length": 64, "layers": [layer]}
+    return resolve(TransformerConfig, {**plain, **changes})
 
 
 def make_model(training: TrainingConfig | None = None, seed: int = 0, **changes: Any) -> Transformer:
