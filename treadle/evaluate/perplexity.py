@@ -42,7 +42,8 @@ def evaluate_perplexity(
 ) -> Perplexity:
     """Predict every token of `data` once.
 
-    text_bytes: of the predicted tokens (`Sequential.predicted_bytes`). attention: the backend. The model's mode and gradients are left as they were.
+    text_bytes: of the predicted tokens (`Sequential.predicted_bytes`). attention: the backend. The model's mode and
+    gradients are left as they were.
     """
     device, training = next(model.parameters()).device, model.training
     model.eval()
