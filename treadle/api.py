@@ -1,6 +1,6 @@
 """The Python API: `import treadle`, then `build`, `run`, `load`, `generate`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ from treadle import recipes
 from treadle.config import resolve
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import ConfigError
-from treadle.inference import generate as sampling
 from treadle.inference.load import load as load_folder
+from treadle.inference.text import generate, stream
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.tracking.runs import Runs
 from treadle.train.setup import find_device
+
+__all__ = ["build", "find_run", "generate", "load", "run", "stream"]
 
 
 def build(
@@ -72,39 +74,3 @@ def load(
 def find_run(reference: str | Path, root: Path | str = "runs") -> Path:
     """The folder of a run. Raises RunError with the nearest name if there is none."""
     return Runs(root).find(str(reference)).folder
-
-
-def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: str = "", *, samples: int = 1, **options: Any
-) -> list[str]:
-    """Continuations of a prompt, each up to its end-of-text token. Options: see `treadle.inference.generate.stream`."""
-    options.setdefault("max_new_tokens", 256)
-    tokens: list[list[int]] = [[] for _ in range(samples)]
-    ended = [False] * samples
-    for step in sampling.stream(model, _encode(tokenizer, prompt), samples=samples, **options):
-        for row, token in enumerate(step):
-            ended[row] = ended[row] or token == tokenizer.eos_id
-            if not ended[row]:
-                tokens[row].append(token)
-        if all(ended):
-            break
-    return [tokenizer.decode(row) for row in tokens]
-
-
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> Iterator[str]:
-    """One continuation, piece by piece as it is made; characters are never split."""
-    options.setdefault("max_new_tokens", 256)
-    tokens: list[int] = []
-    shown = ""
-    for (token,) in sampling.stream(model, _encode(tokenizer, prompt), **options):
-        if token == tokenizer.eos_id:
-            break
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # the bytes so far end inside a character
-            yield text[len(shown) :]
-            shown = text
-
-
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    return tokenizer.encode(prompt) or [tokenizer.eos_id]

@@ -97,6 +97,11 @@ class TokenDataset:
             for first in range(0, len(part.tokens), BLOCK):
                 yield part.tokens[first : first + BLOCK]
 
+    def attended_length(self, sequence_length: int) -> float:
+        """Mean over tokens of the length of their document, in rows of `sequence_length` that isolate documents."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in self.parts]).astype(np.float64)
+        return float((lengths * np.minimum(lengths, sequence_length)).sum() / max(lengths.sum(), 1.0))
+
     def verify(self) -> None:
         """Read everything, and check it. Raises DataError naming the file, what was expected, and what was found."""
         for part in self.parts:

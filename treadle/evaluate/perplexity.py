@@ -4,9 +4,19 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from treadle.config import Config
 from treadle.data.loader import Sequential
 from treadle.nn.transformer import Transformer
+
+
+class EvaluateConfig(Config):
+    """Held-out text, measured in bits per byte."""
+
+    every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
+    batch_size: PositiveInt | None = Field(None, description="rows at a time; null: as many as training's micro-batch")
+    ngram: NonNegativeInt = Field(0, description="order of a byte n-gram model to compare with at the end; 0: none")
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,23 @@
 """Pretraining: from text to a language model."""
 
-import logging
+import operator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from treadle.config import Config, diff, to_dict, to_yaml
+from treadle.config import Config, to_dict, to_yaml
 from treadle.data.config import DataConfig
 from treadle.data.loader import Loader, Sequential
 from treadle.data.ngram import ngram_bits_per_byte
 from treadle.data.prepare import Prepared, prepare
-from treadle.errors import CheckpointError
-from treadle.evaluate.perplexity import Perplexity, evaluate_perplexity
-from treadle.inference.generate import stream
+from treadle.evaluate.perplexity import EvaluateConfig, evaluate_perplexity
 from treadle.inference.load import CHECKPOINTS, FINAL, TOKENIZER
+from treadle.inference.text import SampleConfig
 from treadle.nn.flops import parameter_count
 from treadle.nn.store import save_model
 from treadle.nn.transformer import Transformer, TransformerConfig
@@ -32,29 +31,10 @@ from treadle.train.config import CheckpointConfig, TrainingConfig
 from treadle.train.loop import Loop
 from treadle.train.losses import cross_entropy
 from treadle.train.optimizers import AdamWConfig, OptimizerConfig
+from treadle.train.resume import restore
 from treadle.train.schedules import CosineConfig, ScheduleConfig
 from treadle.train.setup import build_model, build_state, find_device, with_vocabulary
 from treadle.train.state import TrainState
-
-logger = logging.getLogger(__name__)
-
-
-class EvaluateConfig(Config):
-    """Held-out text, measured in bits per byte."""
-
-    every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
-    batch_size: PositiveInt = Field(8, description="rows at a time")
-    ngram: NonNegativeInt = Field(0, description="order of a byte n-gram model to compare with at the end; 0: none")
-
-
-class SampleConfig(Config):
-    """Text sampled from the model while it trains."""
-
-    every: PositiveInt | None = Field(None, description="steps between samples; null: only at the end")
-    prompt: str = Field("", description="what the sample continues; empty: the start of a document")
-    max_new_tokens: PositiveInt = Field(128, description="length of the sample")
-    temperature: float = Field(0.8, ge=0, description="0 is greedy")
-    top_p: float = Field(0.95, gt=0, le=1, description="keep the likeliest tokens that make up this probability")
 
 
 class RecipeConfig(Config):
@@ -119,32 +99,6 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
     return run.folder
 
 
-def restore(state: TrainState, checkpointer: Checkpointer, loader: Loader, spec: TransformerConfig, end: int) -> None:
-    """Load the latest checkpoint, after checking that model and data are the ones it was made with.
-
-    end: the run's number of steps, which the checkpoint must not be beyond.
-    """
-    steps = checkpointer.steps()
-    if not steps:
-        logger.warning("no complete checkpoint in %s: starting from step 0", checkpointer.folder)
-        return
-    facts = checkpointer.facts(steps[-1])
-    if facts["model"] != to_dict(spec):
-        changes = "; ".join(f"model.{key}: {old} -> {new}" for key, old, new in diff(facts["model"], to_dict(spec)))
-        raise CheckpointError(
-            f"{checkpointer.path(steps[-1])} holds another architecture ({changes}); restore the configuration of that "
-            f"run, or start a new one"
-        )
-    if loader.resume(facts["data"]) != facts["step"]:
-        raise CheckpointError(
-            f"training.batch_size: {loader.batch_size}, but {checkpointer.path(steps[-1])} was made with batches of "
-            f"{facts['data']['batch_size']}, and the step counts them; restore that, or start a new run"
-        )
-    if facts["step"] > end:
-        raise CheckpointError(f"training.steps: {end}, but the run has a checkpoint of step {facts['step']}; raise it")
-    checkpointer.load(state, steps[-1])
-
-
 def train(
     config: RecipeConfig,
     run: Run,
@@ -158,9 +112,13 @@ def train(
     training, model = config.training, state.model
     spec = to_dict(model.config)
     positions = training.batch_size * training.sequence_length
-    metrics = callbacks.Metrics(run, training.log_every, positions, mean_length(config, data))
+    metrics = callbacks.Metrics(run, training.log_every, positions, attended_length(config, data))
     progress = callbacks.ShowProgress(console, metrics)
     evaluate = partial(log_evaluation, config, run, model, data)
+
+    def sample(step: int) -> None:
+        run.sample(step, config.sample.prompt, config.sample.draw(model, data.tokenizer, seed=step))
+
     loop = Loop(
         state,
         training,
@@ -171,12 +129,11 @@ def train(
             progress,
             callbacks.SaveCheckpoints(checkpointer, lambda step: {"model": spec, "data": loader.state(step)}),
             callbacks.Every(config.evaluate.every, evaluate),
-            callbacks.Every(config.sample.every, partial(log_sample, config, run, model, data)),
+            callbacks.Every(config.sample.every, sample),
         ],
         rescue=run.folder,
     )
-    rows = training.micro_batch_size or training.batch_size
-    batches = loader.iterate_micro(rows, state.step, training.steps)
+    batches = loader.iterate_micro(training.rows, state.step, training.steps)
     try:
         loop.run(batches)
     finally:
@@ -185,53 +142,30 @@ def train(
         checkpointer.finish()
 
 
-def mean_length(config: RecipeConfig, data: Prepared) -> float:
-    """Tokens that attention spans on average, for the FLOPs count: documents or rows, whichever is shorter."""
-    tokens, documents = (sum(getattr(d, what) for d in data.train) for what in ("tokens", "documents"))
-    isolated = config.data.isolate_documents
-    return min(config.training.sequence_length, tokens / documents if isolated else float("inf"))
+def attended_length(config: RecipeConfig, data: Prepared) -> float:
+    """Tokens of the row or document that a token stands in, on average: what the FLOPs of attention follow from."""
+    length = config.training.sequence_length
+    if not config.data.isolate_documents:
+        return length
+    lengths = [dataset.attended_length(length) for dataset in data.train]
+    return sum(map(operator.mul, lengths, data.weights)) / sum(data.weights)
 
 
 def log_evaluation(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, step: int) -> None:
-    for name, result in evaluate_held_out(config, model, data).items():
+    for name, dataset in data.validation.items():
+        held_out = Sequential(
+            dataset,
+            sequence_length=config.training.sequence_length,
+            batch_size=config.evaluate.batch_size or config.training.rows,
+            isolate_documents=config.data.isolate_documents,
+        )
+        text_bytes = held_out.predicted_bytes(data.tokenizer.token_bytes())
+        result = evaluate_perplexity(model, held_out, text_bytes, attention=config.training.attention)
         run.log(step, result.metrics(), kind=evaluation_kind(data, name))
 
 
 def evaluation_kind(data: Prepared, name: str) -> str:
     return "evaluate" if len(data.validation) == 1 else f"evaluate/{name}"
-
-
-def evaluate_held_out(config: RecipeConfig, model: Transformer, data: Prepared) -> dict[str, Perplexity]:
-    """Perplexity on each held-out dataset, by name."""
-    results = {}
-    for name, dataset in data.validation.items():
-        held_out = Sequential(
-            dataset,
-            sequence_length=config.training.sequence_length,
-            batch_size=config.evaluate.batch_size,
-            isolate_documents=config.data.isolate_documents,
-        )
-        text_bytes = held_out.predicted_bytes(data.tokenizer.token_bytes())
-        results[name] = evaluate_perplexity(model, held_out, text_bytes, attention=config.training.attention)
-    return results
-
-
-def log_sample(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, step: int) -> None:
-    sample, tokenizer = config.sample, data.tokenizer
-    prompt = tokenizer.encode(sample.prompt) or [tokenizer.eos_id]
-    tokens: list[int] = []
-    for (token,) in stream(
-        model,
-        prompt,
-        max_new_tokens=sample.max_new_tokens,
-        temperature=sample.temperature,
-        top_p=sample.top_p,
-        seed=step,
-    ):
-        if token == tokenizer.eos_id:
-            break
-        tokens.append(token)
-    run.sample(step, sample.prompt, tokenizer.decode(tokens))
 
 
 def finish(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, console: Console) -> None:

@@ -26,7 +26,7 @@ class Metrics(Callback):
     """
 
     def __init__(self, run: Run, every: int, positions_per_step: int, length: float):
-        """length: mean document length, for attention FLOPs. positions_per_step: rows x sequence length."""
+        """positions_per_step: rows x sequence length. length: of a token's document, for attention FLOPs."""
         self.run, self.every, self.positions, self.length = run, every, positions_per_step, length
         self.window: list[StepRecord] = []
         self.latest: dict[str, float] = {}

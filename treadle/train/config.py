@@ -28,6 +28,11 @@ class TrainingConfig(Config):
     compile: bool = Field(True, description="torch.compile each layer")
     log_every: PositiveInt = Field(10, description="steps between logged metrics")
 
+    @property
+    def rows(self) -> int:
+        """Rows that go through the model at a time."""
+        return self.micro_batch_size or self.batch_size
+
     @model_validator(mode="after")
     def _micro_batches_fit(self) -> "TrainingConfig":
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:

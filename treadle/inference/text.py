@@ -1,0 +1,62 @@
+"""Text in, text out: prompts are encoded, tokens sampled, and decoded up to the end of the document."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from treadle.config import Config
+from treadle.data.tokenizer import Tokenizer
+from treadle.inference import generate as sampling
+from treadle.nn.transformer import Transformer
+
+
+class SampleConfig(Config):
+    """Text sampled from the model while it trains."""
+
+    every: PositiveInt | None = Field(None, description="steps between samples; null: only at the end")
+    prompt: str = Field("", description="what the sample continues; empty: the start of a document")
+    max_new_tokens: PositiveInt = Field(128, description="length of the sample")
+    temperature: float = Field(0.8, ge=0, description="0 is greedy")
+    top_p: float = Field(0.95, gt=0, le=1, description="keep the likeliest tokens that make up this probability")
+
+    def draw(self, model: Transformer, tokenizer: Tokenizer, seed: int) -> str:
+        """One continuation of the prompt."""
+        options: dict[str, Any] = self.model_dump(include={"max_new_tokens", "temperature", "top_p"})
+        return generate(model, tokenizer, self.prompt, seed=seed, **options)[0]
+
+
+def generate(
+    model: Transformer, tokenizer: Tokenizer, prompt: str = "", *, samples: int = 1, **options: Any
+) -> list[str]:
+    """Continuations of a prompt, each up to its end-of-text token. Options: see `treadle.inference.generate.stream`."""
+    options.setdefault("max_new_tokens", 256)
+    tokens: list[list[int]] = [[] for _ in range(samples)]
+    ended = [False] * samples
+    for step in sampling.stream(model, _encode(tokenizer, prompt), samples=samples, **options):
+        for row, token in enumerate(step):
+            ended[row] = ended[row] or token == tokenizer.eos_id
+            if not ended[row]:
+                tokens[row].append(token)
+        if all(ended):
+            break
+    return [tokenizer.decode(row) for row in tokens]
+
+
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> Iterator[str]:
+    """One continuation, piece by piece as it is made; characters are never split."""
+    options.setdefault("max_new_tokens", 256)
+    tokens: list[int] = []
+    shown = ""
+    for (token,) in sampling.stream(model, _encode(tokenizer, prompt), **options):
+        if token == tokenizer.eos_id:
+            break
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # the bytes so far end inside a character
+            yield text[len(shown) :]
+            shown = text
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return tokenizer.encode(prompt) or [tokenizer.eos_id]
