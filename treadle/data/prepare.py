@@ -10,7 +10,7 @@ from treadle.data.config import DataConfig
 from treadle.data.dataset import TokenDataset
 from treadle.data.shards import TRAIN, VALIDATION, VERSION, ShardDataset
 from treadle.data.sources import SourceConfig
-from treadle.data.tokenize import is_held_out, tokenize
+from treadle.data.tokenize import drawn, is_held_out, tokenize
 from treadle.data.tokenizer import Tokenizer, TrainTokenizerConfig
 from treadle.errors import DataError
 
@@ -113,12 +113,17 @@ def prepared_tokenizer(config: DataConfig, signatures: Sequence[Any], cache_root
 
 
 def training_text(sources: Sequence[SourceConfig], held_out: float, max_bytes: int) -> Iterator[str]:
-    """Training documents of all sources, an equal part of `max_bytes` from each; no held-out document."""
+    """Training documents of all sources, an equal part of `max_bytes` from each; no held-out document.
+
+    Of a larger source, documents chosen by hash all over it: its first files are seldom like the rest.
+    """
     for source in sources:
         left = max_bytes // len(sources)
+        share = left / max(1, sum(piece.size for piece in source.pieces()))
         for document in source.documents():
             text = document.encode()
-            if not is_held_out(text, held_out):
+            chosen = share >= 1 or drawn(text, share, salt=b"tokenizer")
+            if chosen and not is_held_out(text, held_out):
                 yield document
                 left -= len(text)
                 if left <= 0:

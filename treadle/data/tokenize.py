@@ -50,9 +50,14 @@ class Task:
 
 def is_held_out(document: bytes, fraction: float) -> bool:
     """Whether a document is for validation. It depends on its content only, so copies of it are never on both sides."""
+    return drawn(document, fraction)
+
+
+def drawn(document: bytes, fraction: float, salt: bytes = b"") -> bool:
+    """True for about `fraction` of all documents, by their content; another `salt` draws others."""
     if fraction == 0:
         return False
-    digest = hashlib.blake2b(document, digest_size=8).digest()
+    digest = hashlib.blake2b(document, digest_size=8, salt=salt).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
 
