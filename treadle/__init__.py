@@ -1,4 +1,4 @@
-"""Treadle: a research framework for language models, from one YAML architecture to a served model.
+"""Treadle: a research framework for language models, one YAML architecture, trained, measured and sampled from.
 
 model = treadle.build("recipes/models/llama-1.5b.yaml")
 folder = treadle.run("recipes/quickstart.yaml", ["training.steps=100"])

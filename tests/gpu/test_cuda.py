@@ -79,7 +79,7 @@ def test_linear_cross_entropy_equals_float64(softcap: float | None, z_loss: floa
     targets = torch.randint(0, 5003, (3000,), device=CUDA)
     targets[::5] = -100
     narrow, master = x.bfloat16().requires_grad_(), weight.clone().requires_grad_()
-    loss = linear_cross_entropy(narrow, master, targets, softcap=softcap, z_loss=z_loss, chunk=1024)
+    loss, _ = linear_cross_entropy(narrow, master, targets, softcap=softcap, z_loss=z_loss, chunk=1024)
     loss.backward()
     wide, exact = narrow.detach().double().requires_grad_(), weight.double().requires_grad_()
     logits = wide @ exact.T

@@ -69,10 +69,10 @@ class AttentionContext:
         return replace(self, cache=self.cache[layer]) if isinstance(self.cache, Cache) else self
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same context with `function` applied to each of its tensors (not to the cache and the tables)."""
+        """The same context with `function` applied to each of its tensors; not to the cache, and without tables."""
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: Any = {name: function(t) for name, t in tensors.items() if isinstance(t, Tensor)}
-        return replace(self, **changed)
+        return replace(self, **changed, tables={})
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))

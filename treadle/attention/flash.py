@@ -31,6 +31,8 @@ def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
         return "its backward ignores a scale in this version of PyTorch; 2.13 mends it"
     if context.cache is not None:
         return "it reads no cache"
+    if context.documents_BS is not None and context.cumulative_lengths_N is None:
+        return "it needs cumulative_lengths; make the context with AttentionContext.packed"
     if q_BSHK.shape[-1] > 256:
         return f"its head dim is at most 256, not {q_BSHK.shape[-1]}"
     return None

@@ -4,6 +4,7 @@ B batch, S query length, T key length, H heads, G key-value heads, K head dim.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +19,8 @@ def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
 
 
 def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
-    causal = is_plain_causal(q_BSHK, facts, context)
+    first_call = replace(context, cache=None) if q_BSHK.shape[1] == k_BTGK.shape[1] else context  # the cache was empty
+    causal = is_plain_causal(q_BSHK, facts, first_call)
     with _kernels(q_BSHK):
         out_BHSK = F.scaled_dot_product_attention(
             q_BSHK.transpose(1, 2),

@@ -85,7 +85,9 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of every error.")] = False,
 ) -> None:
     """Compose, train, sample and measure language models."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler()  # to the terminal only what needs attention; the run's log.txt holds the rest
+    shown.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[shown])
 
 
 def main() -> None:

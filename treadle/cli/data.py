@@ -31,7 +31,7 @@ def prepare(
     held_out: Annotated[float, typer.Option(help="Fraction of the documents kept for validation.")] = 0.01,
     field: Field = "text",
     separator: Separator = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that tokenise. Default: one per core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that tokenise. Default: one per usable core.")] = None,
     cache: Annotated[Path, typer.Option(help="Where prepared data is kept.")] = Path("cache"),
 ) -> None:
     """Tokenise text, or the data of a recipe, into the cache, where training finds it.

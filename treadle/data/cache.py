@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from treadle.errors import DataError
+
 log = logging.getLogger(__name__)
 
 
@@ -23,17 +25,19 @@ def build_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
     The temporary folder is renamed when `make` returns, so a folder under its own name is always whole. A process
     that asks for a folder which another one is making waits for it. What an interrupted one left behind is removed
-    here.
+    here. Raises DataError where the folder cannot be written.
     """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writable(folder.parent):
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f"{folder.name}.lock")):
         if folder.is_dir():
             return folder
         temporary = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+        with writable(folder.parent):
+            temporary.mkdir()
         try:
             make(temporary)
             os.rename(temporary, folder)
@@ -44,11 +48,25 @@ def build_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turns the system's refusal to write in a cache folder into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cache folder {folder}: cannot be written: {error.strerror}; make it writable, or set data.cache "
+            f"(prepare: --cache) to another folder"
+        ) from error
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock that the system releases when the process ends, however it ends."""
     import fcntl  # POSIX only, as PyTorch's distributed training is
 
-    with path.open("a") as file:
+    with writable(path.parent):
+        opened = path.open("a")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,7 +11,7 @@ from treadle.data.dataset import TokenDataset
 from treadle.data.megatron import MegatronDataset
 from treadle.data.shards import MANIFEST, TRAIN, VALIDATION, ShardDataset
 from treadle.data.sources import SourceConfig
-from treadle.data.tokenizer import TokenizerConfig
+from treadle.data.tokenizer import Tokenizer, TokenizerConfig
 
 
 class TokensConfig(Kind):
@@ -22,8 +22,8 @@ class TokensConfig(Kind):
     )
 
     @abstractmethod
-    def open(self) -> tuple[TokenDataset, TokenDataset | None]:
-        """The training data and, if there is any, the validation data. Raises DataError."""
+    def open(self, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
+        """The training data and, if there is any, the validation data; `tokenizer` reads it. Raises DataError."""
 
 
 class ShardsConfig(TokensConfig):
@@ -32,7 +32,7 @@ class ShardsConfig(TokensConfig):
     kind: Literal["shards"] = "shards"
     path: Path = Field(description="the folder")
 
-    def open(self) -> tuple[TokenDataset, TokenDataset | None]:
+    def open(self, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
         if (self.path / MANIFEST).is_file():
             return ShardDataset(self.path), None
         validation = ShardDataset(self.path / VALIDATION) if (self.path / VALIDATION).is_dir() else None
@@ -45,11 +45,17 @@ class MegatronConfig(TokensConfig):
     kind: Literal["megatron"] = "megatron"
     path: Path = Field(description="the prefix: the files' path without .bin and .idx")
     validation: Path | None = Field(None, description="the prefix of the held-out data, if there is any")
-    vocab_size: PositiveInt | None = Field(None, description="refuse token ids from here on; none: do not check them")
+    vocab_size: PositiveInt | None = Field(
+        None, description="refuse token ids from here on; none: the tokenizer's size"
+    )
 
-    def open(self) -> tuple[TokenDataset, TokenDataset | None]:
-        held_out = None if self.validation is None else MegatronDataset(self.validation, vocab_size=self.vocab_size)
-        return MegatronDataset(self.path, vocab_size=self.vocab_size), held_out
+    def open(self, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
+        vocab_size = self.vocab_size or tokenizer.vocab_size
+
+        def opened(prefix: Path) -> MegatronDataset:
+            return MegatronDataset(prefix, vocab_size=vocab_size, eos_id=tokenizer.eos_id)
+
+        return opened(self.path), None if self.validation is None else opened(self.validation)
 
 
 class DataConfig(Config):
@@ -67,7 +73,9 @@ class DataConfig(Config):
     )
     isolate_documents: bool = Field(True, description="whether documents in one row are hidden from each other")
     cache: Path = Field(Path("cache"), description="folder for prepared tokens and trained tokenizers")
-    workers: PositiveInt | None = Field(None, description="processes that tokenise; none: one per core")
+    workers: PositiveInt | None = Field(
+        None, description="processes that tokenise; none: one per core that this process may use"
+    )
 
     @model_validator(mode="after")
     def _text_or_tokens(self) -> "DataConfig":

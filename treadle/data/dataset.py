@@ -3,13 +3,13 @@
 The stream is cut into parts (files); nothing is read before it is asked for. R rows, T tokens of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from treadle.errors import DataError
+from treadle.errors import ConfigError, DataError
 
 BLOCK = 1 << 22  # tokens looked at in one go where all are
 
@@ -57,8 +57,8 @@ class TokenDataset:
     def read(self, start: int, inputs_T: np.ndarray, targets_T: np.ndarray) -> list[int]:
         """Fill in tokens [start, start + T) and their successors, from one position on.
 
-        Returns where, from 1 to T, documents begin after `start`, relative to it. Raises DataError for an id that is
-        not in the vocabulary.
+        Returns where, from 1 to T, documents begin after `start`, relative to it, in order; a place twice where a
+        document is empty. Raises DataError for an id that is not in the vocabulary.
         """
         length = len(inputs_T)
         index = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -87,9 +87,22 @@ class TokenDataset:
             for start, stop in zip(part.offsets[:-1], part.offsets[1:], strict=True):
                 yield part.tokens[start:stop]
 
-    def first_tokens(self) -> np.ndarray:
-        """The first token of each document."""
-        return np.concatenate([part.tokens[part.offsets[:-1][np.diff(part.offsets) > 0]] for part in self.parts])
+    def ended(self, last: np.ndarray) -> np.ndarray:
+        """Whether documents with these last tokens have an end-of-text token, bool [documents]."""
+        return np.ones(len(last), dtype=bool)
+
+    def first_and_last_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first token of each document that is not empty, and the last one."""
+        firsts, lasts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for part in self.parts:
+            filled = np.diff(part.offsets) > 0
+            firsts.append(part.tokens[part.offsets[:-1][filled]].astype(np.int64))
+            lasts.append(part.tokens[part.offsets[1:][filled] - 1].astype(np.int64))
+        return np.concatenate(firsts), np.concatenate(lasts)
+
+    def largest_id(self) -> int:
+        """Of all tokens, which are read; -1 if there are none."""
+        return max((int(block.max()) for block in self.blocks()), default=-1)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All tokens in order, some at a time."""
@@ -119,12 +132,18 @@ class TokenDataset:
                 self._check(part.tokens[first : first + BLOCK], part, first)
 
     def _check(self, tokens: np.ndarray, part: Part, first: int) -> None:
-        if self.vocab_size is not None and len(tokens) and int(tokens.max()) >= self.vocab_size:
-            at = int((tokens >= self.vocab_size).argmax())
-            raise DataError(
-                f"{part.path}: token {first + at} is {int(tokens[at])}, expected an id below the vocabulary size "
-                f"{self.vocab_size}; prepare the data again with this tokenizer"
-            )
+        if not len(tokens):
+            return
+        if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
+            at, expected = int(tokens.argmax()), f"an id below the vocabulary size {self.vocab_size}"
+        elif tokens.dtype.kind == "i" and int(tokens.min()) < 0:
+            at, expected = int(tokens.argmin()), "an id of at least 0"
+        else:
+            return
+        raise DataError(
+            f"{part.path}: token {first + at} is {int(tokens[at])}, expected {expected}; prepare the data again with "
+            f"this tokenizer"
+        )
 
     def _read_across(self, start: int, inputs_T: np.ndarray, targets_T: np.ndarray) -> list[int]:
         """`read` for the few rows that lie in more than one part."""
@@ -147,3 +166,22 @@ class TokenDataset:
     @cached_property
     def dtype(self) -> np.dtype:
         return self.parts[0].tokens.dtype
+
+
+def check_vocabulary(datasets: Iterable[TokenDataset], vocab_size: int) -> None:
+    """Raise ConfigError for a dataset whose ids a model of `vocab_size` tokens does not have.
+
+    Ids are compared by the dataset's own vocabulary, which reading enforces; all are read where it is not known.
+    """
+    for dataset in datasets:
+        if dataset.vocab_size is not None and dataset.vocab_size > vocab_size:
+            found = f"its vocabulary has {dataset.vocab_size} tokens"
+            least = dataset.vocab_size
+        elif dataset.vocab_size is None and (largest := dataset.largest_id()) >= vocab_size:
+            found, least = f"its largest token id is {largest}", largest + 1
+        else:
+            continue
+        raise ConfigError(
+            f"{dataset.path}: {found}, but model.vocab_size is {vocab_size}; set model.vocab_size to at least {least}, "
+            f"or use data prepared with the model's tokenizer"
+        )

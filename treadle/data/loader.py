@@ -19,6 +19,8 @@ from treadle.data.permutation import permute
 from treadle.data.prefetch import Prefetch
 from treadle.errors import ConfigError, DataError
 
+VERSION = 2  # of what the samples of the same data and settings are; 2: end-of-text opens the next document
+
 
 class Loader:
     """The training batches of some datasets, mixed by weight.
@@ -88,6 +90,7 @@ class Loader:
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a run to go on where it stopped, by name."""
         return {
+            "version": VERSION,
             "datasets": [dataset.fingerprint for dataset in self.datasets],
             "shares": list(self.mixture.shares),
             "sequence_length": self.sequence_length,
@@ -186,15 +189,25 @@ class Sequential:
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(index) for index in range(len(self)))
 
-    def predicted_bytes(self, token_bytes: np.ndarray) -> int:
+    def predicted_bytes(self, token_bytes: np.ndarray, opening_bytes: np.ndarray | None = None) -> int:
         """Bytes of the text behind the targets, on all ranks: what a sum of losses is divided by for bits per byte.
 
-        It is less than `bytes`: the stream's first token, and with isolated documents each document's first token, is
-        given and not predicted. token_bytes: int [vocab_size], `Tokenizer.token_bytes()`.
+        It is `bytes` (counted from the tokens where that is not known) less what is given and not predicted: the
+        stream's first token, and the first token after an isolated document without an end-of-text token.
+
+        token_bytes: int [vocab_size], `Tokenizer.token_bytes()`. opening_bytes: the same for a token that opens a
+        document, `Tokenizer.token_bytes(opening=True)`; it differs where a word is written with the space before it.
         """
-        first = self.dataset.first_tokens()
-        given = token_bytes[first if self.isolate_documents else first[:1]].sum()
-        return int(sum(token_bytes[tokens].sum() for tokens in self.dataset.blocks()) - given)
+        opening_bytes = token_bytes if opening_bytes is None else opening_bytes
+        first, last = self.dataset.first_and_last_tokens()
+        given = np.zeros(len(first), dtype=bool)
+        given[1:] = self.isolate_documents & ~self.dataset.ended(last[:-1])
+        given[0] = True
+        total = self.dataset.bytes
+        if total is None:
+            total = sum(int(token_bytes[tokens].sum()) for tokens in self.dataset.blocks())
+            total += int(opening_bytes[first].sum() - token_bytes[first].sum())
+        return int(total - opening_bytes[first[given]].sum())
 
 
 def check_division(batch_size: int, world: int) -> None:

@@ -22,11 +22,13 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7
 class MegatronDataset(TokenDataset):
     """The documents of `prefix.bin` and `prefix.idx`, memory-mapped.
 
-    Ids are checked against `vocab_size` where it is given. Raises DataError for a file that is missing, cut short, or
-    not laid out as described above.
+    Ids are checked against `vocab_size` where it is given. A document ends in an end-of-text token if its last token is
+    `eos_id`: Megatron's preprocessing appends one only when asked to. Raises DataError for a file that is missing, cut
+    short, or not laid out as described above.
     """
 
-    def __init__(self, prefix: Path | str, *, vocab_size: int | None = None):
+    def __init__(self, prefix: Path | str, *, vocab_size: int | None = None, eos_id: int | None = None):
+        self.eos_id = eos_id
         self.index, self.data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         dtype, lengths, documents = read_index(self.index)
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -47,6 +49,9 @@ class MegatronDataset(TokenDataset):
         super().__init__(
             str(prefix), [Part(str(self.data), tokens, offsets)], fingerprint=digest, vocab_size=vocab_size
         )
+
+    def ended(self, last: np.ndarray) -> np.ndarray:
+        return np.zeros(len(last), dtype=bool) if self.eos_id is None else last == self.eos_id
 
 
 def read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:

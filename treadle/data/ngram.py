@@ -22,6 +22,7 @@ from treadle.errors import ConfigError, DataError
 END = 256
 SYMBOLS = 257
 BITS = 9
+MAX_ORDER = 64 // BITS
 CHUNK = 1 << 22
 
 
@@ -51,8 +52,8 @@ class NgramModel:
 
     def __init__(self, documents: Iterable[bytes], order: int = 5):
         """Raises ConfigError for an order that does not fit a packed n-gram, DataError for no text."""
-        if not 1 <= order <= 64 // BITS:
-            raise ConfigError(f"n-gram order: {order}; expected 1 to {64 // BITS}")
+        if not 1 <= order <= MAX_ORDER:
+            raise ConfigError(f"n-gram order: {order}; expected 1 to {MAX_ORDER}")
         self.order = order
         grams, counts = np.empty(0, np.uint64), np.empty(0, np.int64)
         for packed in ngrams(documents, order):
@@ -91,10 +92,11 @@ class NgramModel:
         return bits / size
 
 
-def ngram_bits_per_byte(data: Prepared, name: str, order: int = 5) -> float:
-    """Of the held-out dataset `name`, by a model of all training documents. Raises DataError, ConfigError."""
+def ngram_bits_per_byte(data: Prepared, order: int = 5) -> dict[str, float]:
+    """Of each held-out dataset, by name, by one model of all training documents. Raises DataError, ConfigError."""
     training = chain.from_iterable(texts(dataset, data.tokenizer) for dataset in data.train)
-    return NgramModel(training, order).bits_per_byte(texts(data.validation[name], data.tokenizer))
+    model = NgramModel(training, order)
+    return {name: model.bits_per_byte(texts(dataset, data.tokenizer)) for name, dataset in data.validation.items()}
 
 
 def texts(dataset: TokenDataset, tokenizer: Tokenizer) -> Iterator[bytes]:

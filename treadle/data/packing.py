@@ -1,6 +1,9 @@
 """Rows of a token stream as a batch that a model can train on.
 
 A row is S + 1 consecutive tokens of the stream: S inputs, and the S targets one further on. B rows, S sequence.
+
+Where documents are isolated, the end-of-text token that ends one is the first input of the next: it is never predicted
+from, otherwise, and a sample without a prompt starts from it. So every token but the stream's first is a target.
 """
 
 from dataclasses import dataclass, replace
@@ -72,11 +75,13 @@ class Rows:
         self.leave_empty(row, length)
         self.valid += length
         if self.begins_BS is not None and begins:
-            # The end of a document says nothing about the next one, when documents do not see each other.
-            last = np.array(begins) - 1
-            self.targets_BS[row, last] = IGNORED
-            self.valid -= len(begins)
-            inside = begins[:-1] if begins[-1] == self.tokens_BS.shape[1] else begins
+            first = np.unique(begins)  # an empty document begins where the next one does
+            shared = dataset.ended(self.tokens_BS[row, first - 1])
+            # The last word of a document that has no end-of-text token says nothing about the next document.
+            self.targets_BS[row, first[~shared] - 1] = IGNORED
+            self.valid -= int((~shared).sum())
+            first = first - shared
+            inside = first[(first > 0) & (first < self.tokens_BS.shape[1])]
             self.begins_BS[row, inside] = True
             self.documents += len(inside)
 

@@ -53,12 +53,12 @@ def prepare(config: DataConfig, cache_root: Path | str | None = None, *, progres
 
 def opened(config: DataConfig) -> Prepared:
     """The datasets of a section that names prepared tokens."""
-    members = [dataset.open() for dataset in config.datasets]
     paths = [dataset.path for dataset in config.datasets]  # type: ignore[attr-defined]
     if config.tokenizer is not None:
         tokenizer = config.tokenizer.build()
     else:
         tokenizer = Tokenizer.load(paths[0] / "tokenizer")
+    members = [dataset.open(tokenizer) for dataset in config.datasets]
     for train, _ in members:
         check_tokenizer(train, tokenizer)
     weights = [dataset.weight for dataset in config.datasets]

@@ -6,6 +6,7 @@ of the source. So the result does not depend on the workers, and memory does not
 
 import hashlib
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from treadle.config.load import import_all
 from treadle.data.shards import SHARD_TOKENS, TRAIN, VALIDATION, ShardDataset, ShardWriter
 from treadle.data.sources import Piece, SourceConfig
 from treadle.data.tokenizer import Tokenizer
@@ -31,6 +33,7 @@ from treadle.errors import DataError
 
 TASK_BYTES = 4 << 20
 BATCH_CHARACTERS = 1 << 20
+USER_MODULE = "treadle_user_"  # how the names of files begin that config/load.py imports by their path
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def tokenize(
 ) -> None:
     """Write the documents of `source`, each ended by the end-of-text token, to folder/train and folder/validation.
 
-    workers: processes; None: one per core. Raises DataError. Ctrl-C stops the workers and is passed on.
+    workers: processes; None: one per core that this process may use. Raises DataError. Ctrl-C stops the workers and
+    is passed on.
     """
     parts = folder / "parts"
     tokenizer_folder = str(tokenizer.save(folder / "tokenizer"))
@@ -81,7 +85,7 @@ def tokenize(
         Task(source, pieces, held_out, tokenizer_folder, str(parts / f"{number:06d}"))
         for number, pieces in enumerate(grouped(source.pieces()))
     ]
-    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    workers = min(workers or cores(), len(tasks))
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(
@@ -100,6 +104,12 @@ def tokenize(
             shutil.rmtree(task.folder)
             shown.advance(task.size, sum(b for b, _ in counts), sum(t for _, t in counts))
     shutil.rmtree(parts, ignore_errors=True)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def grouped(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
@@ -175,7 +185,9 @@ def finished(tasks: Sequence[Task], workers: int) -> Iterator[Task]:
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(stopping,))
     try:
         with _without_main():
-            futures: list[Future[None]] = [pool.submit(_run_in_worker, task) for task in tasks]
+            futures: list[Future[None]] = [
+                pool.submit(_run_in_worker, user_files(task.source), pickle.dumps(task)) for task in tasks
+            ]
         for task, future in zip(tasks, futures, strict=True):
             future.result()
             yield task
@@ -221,7 +233,22 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(task: Task) -> None:
+def user_files(source: SourceConfig) -> list[str]:
+    """The files that a recipe imports by their path and that define `source`: no other process finds them by name."""
+    modules = [sys.modules.get(kind.__module__) for kind in type(source).__mro__]
+    return [str(module.__file__) for module in modules if module and module.__name__.startswith(USER_MODULE)]
+
+
+def _run_in_worker(files: Sequence[str], pickled: bytes) -> None:
+    # Unpickled here and not on the way, where an error would end the process without a word.
+    import_all(files, "tokenising")
+    try:
+        task: Task = pickle.loads(pickled)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"a tokenising process cannot import the source's class: {error}; define it in a file or module that the "
+            f"recipe's `imports` name, or set data.workers: 1"
+        ) from error
     run_task(task, _stopping)
 
 

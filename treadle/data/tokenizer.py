@@ -6,6 +6,7 @@ the caller can make a special token (`special=True`), never a document.
 
 import hashlib
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
@@ -26,6 +27,7 @@ WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END_OF_TEXT = "<|endoftext|>"
+BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece names the tokens of single bytes
 
 
 class Tokenizer:
@@ -65,7 +67,7 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def token(self, i: int) -> bytes:
-        """The bytes of text that token `i` stands for; a special token's are its name's."""
+        """The bytes of text that token `i` stands for after another one; a special token's are its name's."""
         name = self.backend.id_to_token(i)
         if name is None:
             raise DataError(f"token id {i} is outside of the vocabulary of {self.vocab_size}")
@@ -73,19 +75,40 @@ class Tokenizer:
             return name.encode()
         if isinstance(self.backend.decoder, decoders.ByteLevel):
             return bytes(byte_of()[character] for character in name)
-        return self.backend.decode([i]).encode()
+        if byte := BYTE_FALLBACK.fullmatch(name):
+            return bytes([int(byte[1], 16)])
+        # By itself, a word loses the space before it: '▁the' is ' the' in a text, and 'the' where the text begins.
+        before, anchor = self._anchor
+        return self.backend.decode([*anchor, i]).removeprefix(before).encode()
 
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: how many bytes of text each token stands for; 0 for special tokens."""
+    def token_bytes(self, *, opening: bool = False) -> np.ndarray:
+        """int32 [vocab_size]: how many bytes of text each token stands for; 0 for special tokens.
+
+        opening: at the beginning of a document. It differs only where a word is written with the space before it.
+        """
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         byte_level = isinstance(self.backend.decoder, decoders.ByteLevel)
         added = self.backend.get_added_tokens_decoder()
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
             if i in added:
                 lengths[i] = 0 if added[i].special else len(token.encode())
-            else:  # the byte-level alphabet writes each byte as one character
-                lengths[i] = len(token) if byte_level else len(self.backend.decode([i]).encode())
+            elif byte_level:  # whose alphabet writes each byte as one character
+                lengths[i] = len(token)
+            elif opening and not BYTE_FALLBACK.fullmatch(token):
+                lengths[i] = len(self.backend.decode([i]).encode())
+            else:
+                lengths[i] = len(self.token(i))
         return lengths
+
+    @cached_property
+    def _anchor(self) -> tuple[str, list[int]]:
+        """A text of one token, and the token, to see what another one adds to it; nothing if there is none."""
+        added = self.backend.get_added_tokens_decoder()
+        for i in sorted(self.backend.get_vocab(with_added_tokens=False).values()):
+            text = self.backend.decode([i])
+            if i not in added and text.isascii() and text.isalnum():
+                return text, [i]
+        return "", []
 
     @cached_property
     def fingerprint(self) -> str:

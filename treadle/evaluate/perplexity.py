@@ -16,7 +16,7 @@ class EvaluateConfig(Config):
 
     every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
     batch_size: PositiveInt | None = Field(None, description="rows at a time; null: as many as training's micro-batch")
-    ngram: NonNegativeInt = Field(0, description="order of a byte n-gram model to compare with at the end; 0: none")
+    ngram: NonNegativeInt = Field(0, le=7, description="order of a byte n-gram model to compare with; 0: none")
 
 
 @dataclass(frozen=True)

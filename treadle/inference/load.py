@@ -29,9 +29,10 @@ def load(
     path = Path(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    recipe = path / "config.yaml"
-    if recipe.is_file():  # a run may be made of the user's own blocks
-        import_all(names(read_yaml(recipe).get("imports"), "imports", str(recipe)), str(recipe))
+    for recipe in (path / "config.yaml", path.absolute().parent / "config.yaml"):  # of a run, or of the run it is in
+        if recipe.is_file():  # a run may be made of the user's own blocks
+            import_all(names(read_yaml(recipe).get("imports"), "imports", str(recipe)), str(recipe))
+            break
     for folder in (path, path / FINAL):
         if (folder / SPEC_FILE).is_file():
             return load_model(folder, device=device, dtype=dtype), Tokenizer.load(folder / TOKENIZER)

@@ -47,15 +47,15 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompt: str = "", **options
     """One continuation, piece by piece as it is made; characters are never split."""
     options.setdefault("max_new_tokens", 256)
     tokens: list[int] = []
-    shown = ""
+    before, shown = 0, 0  # tokens[before:shown] are shown; decoding them again gives what follows its context
     for (token,) in sampling.stream(model, _encode(tokenizer, prompt), **options):
         if token == tokenizer.eos_id:
             break
         tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # the bytes so far end inside a character
-            yield text[len(shown) :]
-            shown = text
+        context, text = tokenizer.decode(tokens[before:shown]), tokenizer.decode(tokens[before:])
+        if len(text) > len(context) and not text.endswith("\ufffd"):  # else the bytes end inside a character
+            yield text[len(context) :]
+            before, shown = shown, len(tokens)
 
 
 def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -27,20 +27,22 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
-) -> Tensor:
-    """Sum over tokens of -log softmax(x W^T)[target] + z_loss * logsumexp^2.
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of -log softmax(x W^T)[target] + z_loss * logsumexp^2; and its second part alone, detached.
 
     x_TD: in the compute dtype; the products are formed in it, the softmax in float32.
     weight_VD: any float dtype; its gradient is accumulated in float32.
     targets_T: int64, -100 where a token does not count.
     softcap: logits become softcap * tanh(logits / softcap) first.
     z_loss: weight of the squared log partition function (PaLM, arXiv:2204.02311).
-    chunk: tokens at a time; None picks one by memory. Returns a float32 scalar (float64 if x is).
+    chunk: tokens at a time; None picks one by memory. Returns float32 scalars (float64 if x is).
     """
     if chunk is None:
         # A power of two, so that a batch divides into equal chunks of whole matmul tiles.
         fits = CHUNK_ELEMENTS["cpu" if x_TD.device.type == "cpu" else "cuda"] // weight_VD.shape[0]
         chunk = max(64, 1 << max(0, fits.bit_length() - 1))
+    if not torch.is_grad_enabled():  # a Function does not see no_grad: it would form the gradients all the same
+        x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, z_loss, chunk)  # type: ignore[no-any-return]
 
 
@@ -50,30 +52,33 @@ class _LinearCrossEntropy(autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, softcap: float | None, z_loss: float, chunk: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         cast_VD = weight_VD.to(x_TD.dtype)
         need_x, need_weight = ctx.needs_input_grad[:2]
         dx_TD = torch.empty_like(x_TD) if need_x else None
         dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=x_TD.device) if need_weight else None
         loss = torch.zeros((), dtype=wide, device=x_TD.device)
-        step = _chunk_step(x_TD.device.type)
+        penalty = torch.zeros_like(loss)
+        step, need = _chunk_step(x_TD.device.type), need_x or need_weight
         for start in range(0, x_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_CV = x_TD[rows] @ cast_VD.t()
-            chunk_loss, dlogits_CV = step(logits_CV, targets_T[rows], softcap, z_loss, need_x or need_weight)
+            chunk_loss, chunk_penalty, dlogits_CV = step(logits_CV, targets_T[rows], softcap, z_loss, need)
             loss += chunk_loss
+            penalty += chunk_penalty
             if dx_TD is not None:
                 torch.mm(dlogits_CV, cast_VD, out=dx_TD[rows])
             if dweight_VD is not None:
                 _accumulate(dweight_VD, dlogits_CV, x_TD[rows])
         ctx.save_for_backward(dx_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
-        return loss
+        ctx.mark_non_differentiable(penalty)
+        return loss, penalty
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (scale,) = grads
+        scale = grads[0]
         dx_TD, dweight_VD = ctx.saved_tensors
         # In place: the saved gradients are this node's own and a second backward through it would be scaled twice.
         dx_TD = None if dx_TD is None else torch.mul(dx_TD, scale, out=dx_TD)
@@ -93,8 +98,8 @@ def _accumulate(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
 
 def _loss_and_gradient(
     logits_CV: Tensor, targets_C: Tensor, softcap: float | None, z_loss: float, need_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk, and the gradient of its logits in their dtype (the logits themselves if it is not needed)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a chunk, its z-loss part, and the gradient of its logits in their dtype (the logits if not needed)."""
     z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     tanh_CV = None
     if softcap is not None:
@@ -104,9 +109,10 @@ def _loss_and_gradient(
     counts_C = targets_C != IGNORED
     index_C1 = targets_C.clamp(min=0)[:, None]
     picked_C = z_CV.gather(1, index_C1)[:, 0]
-    loss = torch.where(counts_C, lse_C - picked_C + z_loss * lse_C.square(), 0.0).sum()
+    penalty = torch.where(counts_C, z_loss * lse_C.square(), 0.0).sum()
+    loss = torch.where(counts_C, lse_C - picked_C, 0.0).sum() + penalty
     if not need_gradient:
-        return loss, logits_CV
+        return loss, penalty, logits_CV
     softmax_scale_C1 = torch.where(counts_C, 1 + 2 * z_loss * lse_C, 0.0)[:, None]
     if torch.compiler.is_compiling():  # a comparison fuses into the one pass over the logits
         columns_V = torch.arange(z_CV.shape[1], device=z_CV.device)
@@ -117,10 +123,10 @@ def _loss_and_gradient(
         dz_CV.scatter_add_(1, index_C1, -counts_C[:, None].to(dz_CV.dtype))
     if softcap is not None and tanh_CV is not None:
         dz_CV = dz_CV * (1 - tanh_CV.square())
-    return loss, dz_CV.to(logits_CV.dtype)
+    return loss, penalty, dz_CV.to(logits_CV.dtype)
 
 
 @functools.cache
-def _chunk_step(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _chunk_step(device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """On a GPU the chain above is compiled into two passes over the logits; on a CPU it runs as it stands."""
     return torch.compile(_loss_and_gradient, dynamic=False) if device == "cuda" else _loss_and_gradient

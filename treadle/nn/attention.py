@@ -83,7 +83,9 @@ class Attention(nn.Module):
 
     def mixing_flops(self, length: float) -> float:
         """Forward FLOPs per token of scores and weighted sum, causal, at sequences of `length` tokens."""
-        seen = length / 2 if self.facts.window is None else min(self.facts.window, length / 2)
+        window, seen = self.facts.window, length / 2
+        if window is not None and window < length:
+            seen = window - window**2 / (2 * length)  # the first tokens of a document see less than a window
         return 4 * self.heads * self.head_dim * seen
 
     def cache_elements(self) -> int:

@@ -42,18 +42,15 @@ class NormalInitConfig(InitConfig):
 
 
 class FanInInitConfig(InitConfig):
-    """Standard deviation gain / sqrt(inputs); embeddings get `embedding_std`."""
+    """Standard deviation gain / sqrt(inputs): outputs start at the size of inputs, logits at about one."""
 
     kind: Literal["fan_in"] = "fan_in"
     gain: PositiveFloat = Field(1.0, description="factor on every matrix")
-    embedding_std: PositiveFloat = Field(1.0, description="standard deviation of the embedding and an untied head")
     scale_residual: bool = Field(
         True, description="divide by sqrt(2 layers) where a matrix writes to the residual stream"
     )
 
     def matrix_std(self, role: Role, inputs: int, depth: int) -> float:
-        if role == "vocab":
-            return self.embedding_std
         std = self.gain / math.sqrt(inputs)
         return std / math.sqrt(2 * depth) if role == "row" and self.scale_residual else std
 
@@ -93,7 +90,7 @@ def fill_normal(values: Tensor, std: float, *, seed: int, name: str) -> None:
     flat = values.view(-1)
     for start in range(0, flat.numel(), CHUNK):
         index = torch.arange(start, min(start + CHUNK, flat.numel()), device=values.device)
-        uniform = ((_splitmix64(index, key) >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+        uniform = ((_splitmix64(index, key) >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
         flat[start : start + CHUNK] = torch.erfinv(uniform.mul_(2).sub_(1)).mul_(std * math.sqrt(2)).to(values.dtype)
 
 

@@ -18,7 +18,7 @@ class RMSNormConfig(NormConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32.  x_..D -> y_..D"""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 from x and the weight in x's dtype.  x_..D -> y_..D"""
 
     roles = {"weight": "norm"}
 

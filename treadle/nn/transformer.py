@@ -3,6 +3,7 @@
 B batch, S sequence, D model dim, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,11 +64,14 @@ class Head(nn.Module):
         logits_BSV = nn.functional.linear(x_BSD, self.weight.to(x_BSD.dtype))
         return logits_BSV if self.softcap is None else self.softcap * torch.tanh(logits_BSV / self.softcap)
 
-    def cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float = 0.0) -> Tensor:
+    def cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Sum of cross entropies over the targets that are not -100, without ever holding all logits.  -> scalar"""
-        return linear_cross_entropy(
-            x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), softcap=self.softcap, z_loss=z_loss
-        )
+        return self.penalised_cross_entropy(x_BSD, targets_BS, z_loss=0.0)[0]
+
+    def penalised_cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float) -> tuple[Tensor, Tensor]:
+        """The same plus z_loss * logsumexp(logits)^2 for each such target; and that penalty alone, detached."""
+        tokens_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
+        return linear_cross_entropy(tokens_TD, self.weight, targets_T, softcap=self.softcap, z_loss=z_loss)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
@@ -111,12 +115,10 @@ class Transformer(nn.Module):
         return self.norm(x_BSD)
 
     def with_tables(self, context: AttentionContext) -> AttentionContext:
-        """Compute what layers derive from the positions, once for all layers that share it."""
-        module: Any
-        for module in self.modules():
-            if hasattr(module, "tables") and module.key not in context.tables:
-                context.tables[module.key] = module.tables(context.positions_BS)
-        return context
+        """The context with what layers derive from the positions, computed once for all that share it."""
+        modules: list[Any] = [module for module in self.modules() if hasattr(module, "tables")]
+        sources = {module.key: module for module in modules}
+        return replace(context, tables={key: m.tables(context.positions_BS) for key, m in sources.items()})
 
     def initialise(self, seed: int) -> "Transformer":
         """Fill all weights; see `treadle.nn.init`."""

@@ -5,13 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from treadle.config import Config, to_dict, to_yaml
+from treadle.config import Config, key_error, to_dict, to_yaml
 from treadle.data.config import DataConfig
+from treadle.data.dataset import check_vocabulary
 from treadle.data.loader import Loader, Sequential
 from treadle.data.ngram import ngram_bits_per_byte
 from treadle.data.prepare import Prepared, prepare
@@ -31,7 +32,7 @@ from treadle.train.config import CheckpointConfig, TrainingConfig
 from treadle.train.loop import Loop
 from treadle.train.losses import cross_entropy
 from treadle.train.optimizers import AdamWConfig, OptimizerConfig
-from treadle.train.resume import restore
+from treadle.train.resume import check_resume
 from treadle.train.schedules import CosineConfig, ScheduleConfig
 from treadle.train.setup import build_model, build_state, find_device, with_vocabulary
 from treadle.train.state import TrainState
@@ -57,6 +58,13 @@ class RecipeConfig(Config):
     sample: SampleConfig = SampleConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="after")
+    def _rows_fit_the_model(self) -> "RecipeConfig":
+        length, longest = self.training.sequence_length, self.model.max_length
+        if length > longest:
+            raise key_error("training.sequence_length", f"{length} is more than model.max_length={longest}; raise that")
+        return self
+
 
 def main(config: RecipeConfig, *, resume: Path | None = None, console: Console | None = None) -> Path:
     """Train; returns the run folder. resume: the folder of a run to go on with, from its latest checkpoint."""
@@ -73,18 +81,23 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
         isolate_documents=config.data.isolate_documents,
     )
     spec = with_vocabulary(config.model, data.tokenizer.vocab_size)
+    assert spec.vocab_size is not None  # with_vocabulary has set it
+    check_vocabulary((*data.train, *data.validation.values()), spec.vocab_size)
     saved, yaml = to_dict(config), to_yaml(config)
     if resume is None:
-        run = Run.create(config.root, config.name, saved, yaml, sinks, folder=config.folder)
+        run, step = Run.create(config.root, config.name, saved, yaml, sinks, folder=config.folder), None
     else:
-        run = Run.resume(resume, sinks, saved, yaml)
+        checkpoints = Checkpointer(resume / CHECKPOINTS, config.checkpoint)
+        step = check_resume(checkpoints, loader, spec, config.training.steps)
+        run = Run.resume(resume, sinks, saved)
     with run:
         model = build_model(spec, config.training, seed=config.seed, device=device)
         state = build_state(model, config.optimizer, config.training)
-        data.tokenizer.save(run.folder / TOKENIZER)
         checkpointer = Checkpointer(run.folder / CHECKPOINTS, config.checkpoint)
-        if resume is not None:
-            restore(state, checkpointer, loader, spec, config.training.steps)
+        if step is not None:
+            checkpointer.load(state, step)
+        run.accept_config(yaml)  # only now: a refused resume leaves the run's own configuration
+        data.tokenizer.save(run.folder / TOKENIZER)
         console.print(
             f"run {run.id}: {parameter_count(model):,} parameters on {device.type}, "
             f"{sum(dataset.tokens for dataset in data.train):,} training tokens",
@@ -174,14 +187,16 @@ def finish(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, c
     data.tokenizer.save(folder / TOKENIZER)
     plot = plot_training(run.folder, run.folder / "training.png")
     console.rule(f"run {run.id}")
+    order = config.evaluate.ngram
+    baselines = ngram_bits_per_byte(data, order) if order else {}
     for name in data.validation:
+        prefix = "" if len(data.validation) == 1 else f"{name}_"
         bits = load_metrics(run.folder, kind=evaluation_kind(data, name))["bits_per_byte"][-1]
-        run.summary(**{"bits_per_byte" if len(data.validation) == 1 else f"{name}_bits_per_byte": bits})
+        run.summary(**{f"{prefix}bits_per_byte": bits})
         console.print(f"held-out {name}: [bold]{bits:.3f} bits per byte[/]", highlight=False)
-        if config.evaluate.ngram:
-            baseline = ngram_bits_per_byte(data, name, config.evaluate.ngram)
-            console.print(f"  a byte {config.evaluate.ngram}-gram model: {baseline:.3f} bits per byte", highlight=False)
-            run.summary(ngram_bits_per_byte=baseline)
+        if name in baselines:
+            run.summary(**{f"{prefix}ngram_bits_per_byte": baselines[name]})
+            console.print(f"  a byte {order}-gram model: {baselines[name]:.3f} bits per byte", highlight=False)
     sample = load_samples(run.folder)[-1]
     console.print(Panel(Text(sample["prompt"] + sample["text"]), title="sample", border_style="dim"))
     console.print(f"weights {folder}\nplot    {plot}\nmore    treadle generate {run.folder}", highlight=False)

@@ -103,12 +103,12 @@ class Run:
         folder: Path,
         sinks: Sequence["Sink"] = (),
         config: Mapping[str, Any] | None = None,
-        config_yaml: str | None = None,
     ) -> Self:
         """Go on with the run in `folder`, however it ended. Nothing in it is deleted.
 
-        A new configuration or environment replaces the old file, which stays beside it as `config-1.yaml`, and so on.
-        Raises RunError if there is no run in `folder` or another process writes it.
+        A new environment replaces the old file, which stays beside it as `environment-1.json`, and so on; a new
+        configuration does so once it is accepted (`accept_config`). Raises RunError if there is no run in `folder` or
+        another process writes it.
         """
         folder = Path(folder)
         read.load_status(folder)  # refuses a folder without a run before a lock file is made in it
@@ -119,8 +119,6 @@ class Run:
             last = read_last_line(folder / read.METRICS_FILE) or {}  # newer than the status if the process was killed
             status["elapsed"] = max(status.get("elapsed", 0.0), last.get("time", 0.0))
             status["step"] = last.get("step", status.get("step", 0))
-            if config_yaml is not None:
-                _replace_keeping_old(folder / read.CONFIG_FILE, config_yaml.encode())
             _replace_keeping_old(folder / read.ENVIRONMENT_FILE, json_page(environment()))
             run = cls(folder, lock, status)
         except BaseException:
@@ -128,6 +126,10 @@ class Run:
             raise
         run._start_sinks(sinks, read.load_config(folder) if config is None else config, resumed=True)
         return run
+
+    def accept_config(self, config_yaml: str) -> None:
+        """Make this the run's configuration; a different older one stays beside it as `config-1.yaml`, and so on."""
+        _replace_keeping_old(self.folder / read.CONFIG_FILE, config_yaml.encode())
 
     def log(self, step: int, metrics: Mapping[str, float], kind: str = "train") -> None:
         """Record `metrics` (anything float() takes) at `step`. Several calls at one step and kind add up."""
@@ -228,7 +230,10 @@ class Run:
 
 def _new_folder(root: Path, name: str) -> Path:
     """Make `root/<name>-<date>-<time>`, with a number appended if another run began in the same second."""
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{root}: cannot be made: {error.strerror}; choose another root") from error
     safe = re.sub(r"[^\w.+-]+", "-", name).strip(".-") or "run"
     stem = f"{safe}-{datetime.now():%Y%m%d-%H%M%S}"
     number = 1
@@ -239,6 +244,8 @@ def _new_folder(root: Path, name: str) -> Path:
             return folder
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be made: {error.strerror}; choose another root") from error
 
 
 def _replace_keeping_old(path: Path, content: bytes) -> None:

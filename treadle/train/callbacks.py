@@ -1,7 +1,7 @@
 """What happens around the steps of a training run: metrics, progress, checkpoints, evaluation, samples."""
 
 import logging
-import time
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 class Metrics(Callback):
     """Logs the mean over each window of steps to the run, with speed, MFU, memory and where the time went.
 
-    tokens_per_second counts all positions that were computed; `tokens` only those with a target. Time spent in other
-    callbacks (evaluation, samples) is left out of the speed.
+    tokens_per_second counts all positions that were computed, by the clock on the wall; `tokens` only those with a
+    target. Time spent in callbacks (evaluation, samples, checkpoints) is left out of the speed.
     """
 
     def __init__(self, run: Run, every: int, positions_per_step: int, length: float):
@@ -38,7 +38,6 @@ class Metrics(Callback):
             logger.info("MFU is not reported: the peak of '%s' is not known", device_name(loop.device))
         else:
             logger.info("MFU counts causal attention FLOPs, peak %.1f TFLOP/s dense bf16", self.peak / 1e12)
-        self.began = time.perf_counter()
 
     def step(self, loop: Loop, record: StepRecord) -> None:
         self.window.append(record)
@@ -50,14 +49,17 @@ class Metrics(Callback):
         if self.window:
             self._log(loop)
 
+    fail = stop
+
     def _log(self, loop: Loop) -> None:
         phases = loop.watch.read()
         n, tokens = len(self.window), sum(r.tokens for r in self.window)
-        seconds = sum(phases.values())
+        seconds = sum(r.seconds for r in self.window)
+        norms = [r.grad_norm for r in self.window if math.isfinite(r.grad_norm)]  # fp16 overflows are not
         metrics: dict[str, float] = {
             # A token is the unit of the loss, so steps weigh by their tokens.
             "loss": sum(r.loss * r.tokens for r in self.window) / tokens,
-            "grad_norm": sum(r.grad_norm for r in self.window) / n,
+            "grad_norm": sum(norms) / len(norms) if norms else math.inf,
             "lr": self.window[-1].lr,
             "tokens": loop.state.tokens,
             "flops": loop.state.flops,
@@ -126,7 +128,8 @@ class SaveCheckpoints(Callback):
     def step(self, loop: Loop, record: StepRecord) -> None:
         self.checkpointer.poll()
         every = self.checkpointer.config.every
-        if every is not None and record.step % every == 0 and record.step < loop.config.steps:
+        # The last step too, before its evaluation and sample have a chance to fail.
+        if record.step == loop.config.steps or (every is not None and record.step % every == 0):
             self.checkpointer.save(loop.state, self.facts(record.step))
 
     def stop(self, loop: Loop) -> None:

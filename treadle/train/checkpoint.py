@@ -69,6 +69,7 @@ class Checkpointer:
             future.result()
             _write_facts(temporary / FACTS_FILE, facts)
             os.replace(temporary, self.path(step))
+            _sync(self.folder)  # the new name must last before older checkpoints go
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             message = f"{self.path(step)}: could not be saved: {_root_cause(error)}. Earlier checkpoints are untouched."
@@ -149,6 +150,14 @@ def _write_facts(path: Path, facts: dict[str, Any]) -> None:
         json.dump(facts, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _root_cause(error: BaseException) -> str:

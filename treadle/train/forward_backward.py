@@ -14,7 +14,10 @@ from treadle.train.timing import Stopwatch
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the batch's valid tokens, a scalar on the device (reading it waits). metrics: likewise means."""
+    """Means over the batch's valid tokens, scalars on the device (reading one waits).
+
+    loss: without penalties. metrics: what the loss function logs, and its penalties, by name.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -46,7 +49,7 @@ def forward_backward(
             loss = loss_function(model, batch)
         with watch("backward"):
             (loss.total * (loss_scale / tokens)).backward()
-        total = total + loss.total.detach()
-        for name, value in loss.metrics.items():
+        total = total + loss.total.detach() - sum(loss.penalties.values())
+        for name, value in (loss.metrics | loss.penalties).items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
     return StepResult(total / tokens, {name: value / tokens for name, value in sums.items()}, tokens)

@@ -1,5 +1,7 @@
 """What the device can do at most, for MFU."""
 
+import re
+
 import torch
 
 # Dense bf16 tensor-core peaks from the vendors' data sheets, in FLOP/s.
@@ -25,8 +27,9 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device by its data sheet, or None where it is not known: then no MFU is reported.
 
-    The longest matching name wins (GB200 before B200). PCIe and NVL boards have lower peaks than the SXM ones listed.
+    Boards under the same name with lower peaks (PCIe, NVL, laptops, the D variants) are not known.
     """
     name = device_name(device)
-    matches = [key for key in _PEAKS if key in name and "PCIe" not in name and "NVL" not in name]
-    return _PEAKS[max(matches, key=len)] if matches else None
+    if re.search(r"PCIe|NVL|Laptop|Max-Q|\bD\b", name):
+        return None
+    return next((peak for key, peak in _PEAKS.items() if re.search(rf"\b{key}\b", name)), None)

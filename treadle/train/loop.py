@@ -4,9 +4,10 @@ import logging
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,16 +26,21 @@ from treadle.train.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 
+MAX_OVERFLOWS = 40  # each halves the loss scale: from 65,536 it is then far below one, and not the cause
+
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did. loss: nats per token. grad_norm: global, before clipping. tokens: that counted."""
+    """What one step did. loss: nats per token, without penalties. grad_norm: global, before clipping. tokens: that
+    counted. seconds: waiting for data included, callbacks not.
+    """
 
     step: int
     loss: float
     grad_norm: float
     lr: float
     tokens: int
+    seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -49,6 +55,9 @@ class Callback:
 
     def stop(self, loop: "Loop") -> None:
         """After the last step, also of a run that was interrupted (`loop.interrupted`); not after an error."""
+
+    def fail(self, loop: "Loop") -> None:
+        """When a step was not finite, before the error is raised."""
 
 
 class Loop:
@@ -70,6 +79,7 @@ class Loop:
         self.device = next(state.model.parameters()).device
         self.watch = Stopwatch(self.device)
         self.interrupted = False
+        self.overflows = 0  # fp16: steps skipped in a row
 
     def run(self, batches: Iterable[list[Batch]]) -> None:
         """Take steps from `state.step` to `config.steps`; each item of `batches` is one step's micro-batches."""
@@ -78,9 +88,11 @@ class Loop:
             callback.start(self)
         with self._signals():
             while self.state.step < self.config.steps and not self.interrupted:
+                began = time.perf_counter()
                 with self.watch("data", host=True):
                     step_batches = next(source)
                 record = self._step(step_batches)
+                record = replace(record, seconds=time.perf_counter() - began)
                 for callback in self.callbacks:
                     callback.step(self, record)
             for callback in self.callbacks:
@@ -97,7 +109,8 @@ class Loop:
                 state.scaler.unscale_(optimizer)
             norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
             loss, grad_norm = torch.stack((result.loss, norm)).tolist()
-            if not math.isfinite(loss) or (not math.isfinite(grad_norm) and not state.scaler.is_enabled()):
+            self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
+            if not math.isfinite(loss) or self.overflows > (MAX_OVERFLOWS if state.scaler.is_enabled() else 0):
                 self._fail(loss, grad_norm, batches)
             if math.isfinite(grad_norm):  # else fp16 overflowed: no optimizer steps, and the scaler goes down
                 if self.config.clip_norm is not None:
@@ -109,10 +122,14 @@ class Loop:
         state.step += 1
         state.tokens += result.tokens
         metrics = {name: value.item() for name, value in result.metrics.items()}
-        return StepRecord(state.step, loss, grad_norm, lr, result.tokens, metrics)
+        if state.scaler.is_enabled():
+            metrics["loss_scale"] = state.scaler.get_scale()
+        return StepRecord(state.step, loss, grad_norm, lr, result.tokens, metrics=metrics)
 
     def _fail(self, loss: float, grad_norm: float, batches: list[Batch]) -> None:
         """Stop before the weights are touched, and keep the batch: it is the first thing one wants to look at."""
+        for callback in self.callbacks:
+            callback.fail(self)
         message = f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not changed."
         if self.rescue is not None:
             path = self.rescue / f"nonfinite-step-{self.state.step + 1}.pt"

@@ -1,7 +1,7 @@
 """Optimizers, and which of them steps which parameter."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -11,6 +11,9 @@ from treadle.config import Kind
 from treadle.nn.linear import Linear
 from treadle.nn.roles import parameter_roles
 from treadle.train.muon import Muon
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[Beta, Beta]
 
 
 class OptimizerConfig(Kind):
@@ -27,7 +30,7 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), PyTorch's fused kernel."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the first and second moment")
+    betas: Betas = Field((0.9, 0.95), description="decay of the first and second moment")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
 
     def build(self, model: nn.Module) -> "Optimizers":
@@ -48,7 +51,7 @@ class MuonConfig(OptimizerConfig):
     momentum: PositiveFloat = Field(0.95, lt=1, description="decay of Muon's momentum")
     nesterov: bool = Field(True, description="Nesterov momentum")
     iterations: PositiveInt = Field(5, description="Newton-Schulz iterations")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas, for the rest")
+    betas: Betas = Field((0.9, 0.95), description="AdamW's betas, for the rest")
     eps: PositiveFloat = Field(1e-8, description="AdamW's eps, for the rest")
 
     def build(self, model: nn.Module) -> "Optimizers":

@@ -1,19 +1,19 @@
 """Going on with a run: its latest checkpoint, if model and data are the ones it was made with."""
 
 import logging
+from typing import Any
 
-from treadle.config import diff, to_dict
+from treadle.config import diff, resolve, to_dict
 from treadle.data.loader import Loader
 from treadle.errors import CheckpointError
 from treadle.nn.transformer import TransformerConfig
 from treadle.train.checkpoint import Checkpointer
-from treadle.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-def restore(state: TrainState, checkpointer: Checkpointer, loader: Loader, spec: TransformerConfig, end: int) -> None:
-    """Load the latest checkpoint into the state, if there is one.
+def check_resume(checkpointer: Checkpointer, loader: Loader, spec: TransformerConfig, end: int) -> int | None:
+    """The step to go on from; None when there is no complete checkpoint. Changes nothing.
 
     spec: the model's config. end: the run's number of steps. Raises CheckpointError for another architecture, another
     batch size or a checkpoint beyond the end, DataError for other data.
@@ -21,19 +21,25 @@ def restore(state: TrainState, checkpointer: Checkpointer, loader: Loader, spec:
     steps = checkpointer.steps()
     if not steps:
         logger.warning("no complete checkpoint in %s: starting from step 0", checkpointer.folder)
-        return
-    facts = checkpointer.facts(steps[-1])
-    if facts["model"] != to_dict(spec):
-        changes = "; ".join(f"model.{key}: {old} -> {new}" for key, old, new in diff(facts["model"], to_dict(spec)))
+        return None
+    step, facts = steps[-1], checkpointer.facts(steps[-1])
+    changes = diff(_architecture(resolve(TransformerConfig, facts["model"])), _architecture(spec))
+    if changes:
+        shown = "; ".join(f"model.{key}: {old} -> {new}" for key, old, new in changes)
         raise CheckpointError(
-            f"{checkpointer.path(steps[-1])} holds another architecture ({changes}); restore the configuration of that "
-            f"run, or start a new one"
+            f"{checkpointer.path(step)} holds another architecture ({shown}); restore the configuration of that run, "
+            f"or start a new one"
         )
-    if loader.resume(facts["data"]) != facts["step"]:
+    if loader.resume(facts["data"]) != step:
         raise CheckpointError(
-            f"training.batch_size: {loader.batch_size}, but {checkpointer.path(steps[-1])} was made with batches of "
+            f"training.batch_size: {loader.batch_size}, but {checkpointer.path(step)} was made with batches of "
             f"{facts['data']['batch_size']}, and the step counts them; restore that, or start a new run"
         )
-    if facts["step"] > end:
-        raise CheckpointError(f"training.steps: {end}, but the run has a checkpoint of step {facts['step']}; raise it")
-    checkpointer.load(state, steps[-1])
+    if step > end:
+        raise CheckpointError(f"training.steps: {end}, but the run has a checkpoint of step {step}; raise it")
+    return step
+
+
+def _architecture(spec: TransformerConfig) -> dict[str, Any]:
+    """What the weights depend on: not how they started. Keys that came later have their defaults in old checkpoints."""
+    return {key: value for key, value in to_dict(spec).items() if key != "init"}

@@ -9,7 +9,7 @@ from treadle.config import Kind
 
 
 class ScheduleConfig(Kind):
-    """Base: linear warm-up from 0, then `after`."""
+    """Base: linear warm-up from 1/warmup, then `after`. `final` is the factor just after the last step."""
 
     warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
 

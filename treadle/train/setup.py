@@ -21,9 +21,12 @@ def find_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: '{name}', but PyTorch sees no GPU here; use device=cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device: '{name}'; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and generators mean the current device
+    return device
 
 
 def with_vocabulary(model: TransformerConfig, size: int) -> TransformerConfig:

@@ -1,6 +1,7 @@
 """Everything that a training step changes, and so everything that a checkpoint holds."""
 
-from dataclasses import dataclass, field
+import base64
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     flops: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Any]:
         """The state as nested tensors, aliasing the live ones (parameters by name, shared ones once)."""
@@ -35,10 +35,7 @@ class TrainState:
         state: dict[str, Any] = {
             "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
             "optimizer": {key: value for key, value in optimizer.items() if isinstance(value, Tensor)},
-            "rng": {"cpu": torch.get_rng_state()},
         }
-        if torch.cuda.is_available():
-            state["rng"]["cuda"] = torch.cuda.get_rng_state()
         return state
 
     def restore(self, tensors: dict[str, Any]) -> None:
@@ -46,15 +43,27 @@ class TrainState:
         live = get_optimizer_state_dict(self.model, self.optimizers.optimizers, options=_FLAT)
         live.update(tensors["optimizer"])
         set_optimizer_state_dict(self.model, self.optimizers.optimizers, live, options=_FLAT)
-        torch.set_rng_state(tensors["rng"]["cpu"])
-        if "cuda" in tensors["rng"]:
-            torch.cuda.set_rng_state(tensors["rng"]["cuda"])
 
     def facts(self) -> dict[str, Any]:
-        """The state's plain numbers."""
-        return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "scaler": self.scaler.state_dict()}
+        """The state's plain numbers, and the generators' states as text."""
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "scaler": self.scaler.state_dict(),
+            "rng": {device: base64.b64encode(bytes(state.tolist())).decode() for device, state in rng.items()},
+        }
 
     def restore_facts(self, facts: dict[str, Any]) -> None:
         self.step, self.tokens, self.flops = facts["step"], facts["tokens"], facts["flops"]
         if facts["scaler"]:  # empty if the run was not in fp16 until now
             self.scaler.load_state_dict(facts["scaler"])
+        for device, text in facts["rng"].items():
+            state = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+            if device == "cpu":
+                torch.set_rng_state(state)
+            elif torch.cuda.is_initialized():  # a run may go on without the GPU that it began on
+                torch.cuda.set_rng_state(state)

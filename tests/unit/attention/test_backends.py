@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, Cache, LayerCache, attend, choose, flex
+from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, Cache, LayerCache, attend, choose, flash, flex
 from treadle.errors import ConfigError
 
 
@@ -142,3 +142,12 @@ def test_packed_context_marks_every_document() -> None:
     assert context.positions_BS.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 1]]
     assert context.cumulative_lengths_N is not None
     assert context.cumulative_lengths_N.tolist() == [0, 2, 5, 6, 8, 10, 10, 10, 10]
+
+
+def test_flash_is_not_given_documents_without_their_lengths() -> None:
+    q = torch.zeros(1, 4, 2, 8, device="meta", dtype=torch.bfloat16)
+    bare = AttentionContext(torch.zeros(1, 4), documents_BS=torch.zeros(1, 4, dtype=torch.int32))
+    # On a meta device the first reason is another; ask for this one as CUDA would.
+    q = type("OnCuda", (), {"device": torch.device("cuda"), "dtype": q.dtype, "shape": q.shape})()
+    assert "AttentionContext.packed" in str(flash.unsupported(q, AttentionFacts(), bare))
+    assert flash.unsupported(q, AttentionFacts(), AttentionContext.packed(torch.zeros(1, 4))) is None

@@ -35,6 +35,6 @@ def shape(seed: int, count: int, longest: int) -> list[int]:
     return np.random.default_rng(seed).integers(1, longest, count).tolist()
 
 
-def die(task: object) -> None:
+def die(*_: object) -> None:
     """What a worker does that runs out of memory."""
     os._exit(9)

@@ -4,6 +4,7 @@ import gc
 import json
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from data_zoo import EOS, documents, shape, written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treadle.data.dataset import TokenDataset
+from treadle.data.dataset import Part, TokenDataset, check_vocabulary
 from treadle.data.loader import Loader, Sequential
 from treadle.data.packing import Batch, boundaries
 from treadle.data.prefetch import Prefetch
@@ -45,9 +46,9 @@ def isolated(row: list[int], begins: set[int], start: int) -> tuple[list[int], l
     targets, numbers, positions = [], [], []
     number = position = 0
     for i in range(len(row) - 1):
-        if i > 0 and start + i in begins:
+        if i > 0 and start + i + 1 in begins:  # the end of a document, with which the next one opens
             number, position = number + 1, 0
-        targets.append(-100 if start + i + 1 in begins else row[i + 1])
+        targets.append(row[i + 1])
         numbers.append(number)
         positions.append(position)
         position += 1
@@ -88,18 +89,62 @@ def test_many_documents_equal_a_naive_loop(datasets: list[TokenDataset]) -> None
 def test_without_isolation_every_target_counts(datasets: list[TokenDataset]) -> None:
     apart, together = loader(datasets).batch(2), loader(datasets, isolate_documents=False).batch(2)
     assert together.tokens_BS.tolist() == apart.tokens_BS.tolist()
-    assert together.valid_tokens == 24 * S > apart.valid_tokens
+    assert together.valid_tokens == apart.valid_tokens == 24 * S
+    assert together.targets_BS.equal(apart.targets_BS)
     assert (together.targets_BS[:, :-1] == together.tokens_BS[:, 1:]).all()
     assert together.context.documents_BS is None
     assert together.context.positions_BS.tolist() == [list(range(S))] * 24
 
 
-def test_the_end_of_a_document_is_predicted_but_nothing_from_it(datasets: list[TokenDataset]) -> None:
+def test_the_end_of_a_document_is_predicted_and_the_next_one_from_it_alone(datasets: list[TokenDataset]) -> None:
+    """Where sampling starts from: the end-of-text token at position 0, and a document's first token after it."""
     batch = loader(datasets).batch(0)
-    after_end = batch.targets_BS[batch.tokens_BS == EOS]
-    assert (after_end == -100).all()
+    ends = batch.tokens_BS == EOS
+    assert (batch.context.positions_BS[ends] == 0).all()
+    assert (batch.targets_BS[ends] != -100).all()
+    assert (batch.targets_BS[ends] != EOS).any()
     assert (batch.targets_BS == EOS).any()
-    assert (batch.targets_BS[batch.tokens_BS != EOS] != -100).all()
+
+
+class Unended(TokenDataset):
+    """Documents end in no end-of-text token, but for those that end in EOS."""
+
+    def ended(self, last: np.ndarray) -> np.ndarray:
+        return last == EOS
+
+
+def in_memory(kind: type[TokenDataset], tokens: list[int], offsets: list[int], **facts: object) -> TokenDataset:
+    part = Part("memory", np.array(tokens, dtype=np.uint16), np.array(offsets, dtype=np.int64))
+    return kind("memory", [part], fingerprint="memory", **facts)
+
+
+@pytest.mark.parametrize("kind", [TokenDataset, Unended])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 19, 30])
+@pytest.mark.parametrize("offsets", [[0, 5, 5, 5, 9, 20], [0, 0, 1, 2, 6, 20, 20], [0, 20]])
+def test_valid_tokens_are_exact_with_empty_documents(kind: type[TokenDataset], length: int, offsets: list[int]) -> None:
+    tokens = list(range(1, 21))
+    for end in offsets[2:4]:
+        tokens[end - 1] = EOS
+    dataset = in_memory(kind, tokens, offsets)
+    borders = set(offsets) - {0, 20}
+    ended = borders if kind is TokenDataset else {border for border in borders if tokens[border - 1] == EOS}
+    held = Sequential(dataset, sequence_length=length, batch_size=1)
+    for start, batch in zip(range(0, 19, length), held, strict=True):
+        size = min(length, 19 - start)
+        expected = [-100 if start + i + 1 in borders - ended else tokens[start + i + 1] for i in range(size)]
+        assert batch.targets_BS[0].tolist() == expected + [-100] * (length - size)
+        assert batch.valid_tokens == sum(target != -100 for target in expected)
+        opened = {border - 1 - start for border in ended} | {border - start for border in borders - ended} | {0}
+        positions = batch.context.positions_BS[0].tolist()
+        assert [i for i in range(length) if positions[i] == 0] == sorted(i for i in opened if 0 <= i < length)
+
+
+def test_attended_length_is_that_of_the_isolated_segments(datasets: list[TokenDataset]) -> None:
+    """In rows long enough, each document is a segment of its own length: the end before it for its own end."""
+    whole = Sequential(datasets[1], sequence_length=datasets[1].tokens - 1, batch_size=1).batch(0)
+    segments = whole.context.documents_BS[0].bincount().double()
+    mean = float((segments**2).sum() / segments.sum())
+    assert datasets[1].attended_length(10**6) == pytest.approx(mean, rel=0.01)
 
 
 def test_an_epoch_is_every_row_once_and_the_next_one_another_order(datasets: list[TokenDataset]) -> None:
@@ -166,6 +211,13 @@ def test_resuming_with_another_order_is_refused(datasets: list[TokenDataset], ch
         loader(datasets, **change).resume(loader(datasets).state(3))
 
 
+def test_a_state_from_before_the_samples_changed_is_refused(datasets: list[TokenDataset]) -> None:
+    state = loader(datasets).state(3)
+    del state["fingerprint"]["version"]
+    with pytest.raises(DataError, match=r"data\.version: .*start a new run"):
+        loader(datasets).resume(state)
+
+
 def test_resuming_on_other_data_is_refused(datasets: list[TokenDataset], tmp_path: Path) -> None:
     changed = written(tmp_path / "d", documents(shape(3, 90, 30)))
     with pytest.raises(DataError, match=r"data\.datasets"):
@@ -198,7 +250,6 @@ def test_room_for_boundaries_grows_by_doubling(documents: int, size: int) -> Non
 @pytest.mark.parametrize("world", [1, 3])
 def test_evaluation_covers_everything_once(datasets: list[TokenDataset], world: int, isolate: bool) -> None:
     whole = stream(datasets[1])
-    begins = set(np.cumsum([len(d) for d in datasets[1].each_document()]).tolist())
     for length in (S, 7, len(whole) - 1, len(whole), 5000):
         ranks = [
             Sequential(
@@ -215,18 +266,43 @@ def test_evaluation_covers_everything_once(datasets: list[TokenDataset], world: 
         inputs = torch.cat([batch.tokens_BS for batch in batches]).flatten().tolist()[: len(whole) - 1]
         targets = torch.cat([batch.targets_BS for batch in batches]).flatten().tolist()
         assert inputs == whole[:-1]
-        expected = [-100 if isolate and i in begins else whole[i] for i in range(1, len(whole))]
-        assert targets == expected + [-100] * (len(targets) - len(expected))
-        assert sum(batch.valid_tokens for batch in batches) == sum(t != -100 for t in expected)
+        assert targets == whole[1:] + [-100] * (len(targets) - len(whole) + 1)
+        assert sum(batch.valid_tokens for batch in batches) == len(whole) - 1
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_predicted_bytes_are_those_of_the_targets(datasets: list[TokenDataset], isolate: bool) -> None:
+@pytest.mark.parametrize("kind", [TokenDataset, Unended])
+def test_predicted_bytes_are_those_of_the_targets(kind: type[TokenDataset], isolate: bool) -> None:
     token_bytes = np.random.default_rng(0).integers(0, 9, 60_000).astype(np.int32)
-    held = Sequential(datasets[0], sequence_length=S, batch_size=2, isolate_documents=isolate)
+    tokens = np.random.default_rng(1).integers(0, 4, 200).tolist()
+    dataset = in_memory(kind, tokens, [0, 30, 30, 31, 90, 91, 150, 200])
+    held = Sequential(dataset, sequence_length=S, batch_size=2, isolate_documents=isolate)
     targets = torch.cat([batch.targets_BS.flatten() for batch in held])
     assert held.predicted_bytes(token_bytes) == token_bytes[targets[targets != -100].numpy()].sum()
+
+
+def test_predicted_bytes_prefer_the_bytes_of_the_text(datasets: list[TokenDataset]) -> None:
+    held = Sequential(datasets[0], sequence_length=S, batch_size=2)
+    first = datasets[0].document(0)[0]
+    token_bytes = np.full(60_000, 7, np.int32)
+    token_bytes[first] = 3
     assert held.bytes == 2 * datasets[0].tokens
+    assert held.predicted_bytes(token_bytes) == held.bytes - 3
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "facts", "message"),
+    [
+        (20, {}, "its largest token id is 20, but model.vocab_size is 20; set model.vocab_size to at least 21"),
+        (30, {"vocab_size": 31}, "its vocabulary has 31 tokens, but model.vocab_size is 30"),
+        (21, {}, None),
+        (31, {"vocab_size": 31}, None),
+    ],
+)
+def test_a_vocabulary_larger_than_the_models_is_refused(vocab_size: int, facts: dict, message: str | None) -> None:
+    dataset = in_memory(TokenDataset, list(range(1, 21)), [0, 20], **facts)
+    with pytest.raises(ConfigError, match=f"memory: {message}") if message else nullcontext():
+        check_vocabulary([dataset], vocab_size)
 
 
 def test_a_batch_moves_as_a_whole(datasets: list[TokenDataset]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from data_zoo import written
 
 from treadle.data.config import DataConfig
-from treadle.data.loader import Loader
+from treadle.data.loader import Loader, Sequential
 from treadle.data.megatron import MegatronDataset
 from treadle.data.prepare import prepare
 from treadle.data.tokenizer import BytesTokenizerConfig
@@ -54,10 +54,24 @@ def test_every_integer_type(tmp_path: Path, code: int, pack: str) -> None:
 
 def test_the_loader_cannot_tell_it_from_shards(prefix: Path, tmp_path: Path) -> None:
     shards = written(tmp_path / "d", [[5, 6, 0], [7, 8, 9, 0]])
-    one, other = (Loader([d], sequence_length=2, batch_size=4, seed=3) for d in (MegatronDataset(prefix), shards))
+    megatron = MegatronDataset(prefix, eos_id=0)
+    one, other = (Loader([d], sequence_length=2, batch_size=4, seed=3) for d in (megatron, shards))
     for step in range(3):
         assert one.batch(step).tokens_BS.tolist() == other.batch(step).tokens_BS.tolist()
         assert one.batch(step).targets_BS.tolist() == other.batch(step).targets_BS.tolist()
+        assert one.batch(step).context.documents_BS.equal(other.batch(step).context.documents_BS)
+
+
+@pytest.mark.parametrize("eos_id", [None, 3])
+def test_without_an_end_of_text_nothing_is_predicted_across_documents(prefix: Path, eos_id: int | None) -> None:
+    batch = Sequential(MegatronDataset(prefix, eos_id=eos_id), sequence_length=6, batch_size=1).batch(0)
+    assert batch.tokens_BS.tolist() == [[5, 6, 0, 7, 8, 9]]
+    assert batch.targets_BS.tolist() == [[6, 0, -100, 8, 9, 0]]
+    assert batch.context.positions_BS.tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert batch.valid_tokens == 5
+    ended = Sequential(MegatronDataset(prefix, eos_id=0), sequence_length=6, batch_size=1).batch(0)
+    assert ended.targets_BS.tolist() == [[6, 0, 7, 8, 9, 0]]
+    assert ended.context.positions_BS.tolist() == [[0, 1, 0, 1, 2, 3]]
 
 
 def test_a_recipe_trains_on_it(prefix: Path, tmp_path: Path) -> None:
@@ -68,6 +82,17 @@ def test_a_recipe_trains_on_it(prefix: Path, tmp_path: Path) -> None:
     }
     data = prepare(DataConfig.model_validate(config))
     assert data.train[0].tokens == data.validation[prefix.name].tokens == 7
+    assert data.train[0].eos_id == data.tokenizer.eos_id
+    del config["datasets"][0]["vocab_size"]
+    assert prepare(DataConfig.model_validate(config)).train[0].vocab_size == 257
+
+
+@pytest.mark.parametrize("vocab_size", [None, 10])
+def test_negative_ids_are_refused(tmp_path: Path, vocab_size: int | None) -> None:
+    (tmp_path / "x.idx").write_bytes(index(4, 4, [5], [0, 1]))
+    (tmp_path / "x.bin").write_bytes(struct.pack("<5i", 1, 2, -7, 4, 0))
+    with pytest.raises(DataError, match=r"x\.bin: token 2 is -7, expected an id of at least 0"):
+        Loader([MegatronDataset(tmp_path / "x", vocab_size=vocab_size)], sequence_length=4, batch_size=1).batch(0)
 
 
 def test_every_cut_of_either_file_is_refused(prefix: Path) -> None:

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.data import ngram
-from treadle.data.ngram import END, SYMBOLS, NgramModel
+from treadle.data.config import DataConfig
+from treadle.data.ngram import END, MAX_ORDER, SYMBOLS, NgramModel
+from treadle.data.prepare import prepare
 from treadle.errors import ConfigError, DataError
 
 TRAINING = [b"abracadabra", b"a", b"", b"banana\xff\x00", b"abab"]
@@ -83,7 +85,25 @@ def test_no_text_and_impossible_orders_are_refused() -> None:
     with pytest.raises(DataError, match="no text to measure"):
         NgramModel([b"a"]).bits_per_byte([])
     with pytest.raises(ConfigError, match="order: 8; expected 1 to 7"):
-        NgramModel([b"a"], 8)
+        NgramModel([b"a"], MAX_ORDER + 1)
+
+
+def test_one_model_measures_every_held_out_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"a": b"abracadabra", "b": b"banana"}.items():
+        (tmp_path / name).write_bytes(b"#".join(text + b"%d" % i for i in range(60)))
+    sources = [{"kind": "text", "paths": str(tmp_path / name), "separator": "#"} for name in "ab"]
+    raw = {"sources": sources, "tokenizer": "bytes", "held_out": 0.3, "workers": 1, "cache": tmp_path / "cache"}
+    data = prepare(DataConfig.model_validate(raw), progress=False)
+    training, held = (
+        [[bytes(d[:-1].tolist()) for d in dataset.each_document()] for dataset in side]
+        for side in (data.train, data.validation.values())
+    )
+    model = NgramModel(sum(training, []), 3)
+    made: list[int] = []
+    monkeypatch.setattr(ngram, "NgramModel", lambda *a: made.append(1) or NgramModel(*a))
+    bits = ngram.ngram_bits_per_byte(data, 3)
+    assert made == [1]
+    assert bits == {f"text-{i}": pytest.approx(model.bits_per_byte(held[i])) for i in range(2)}
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs ../shared/data/tinyshakespeare.txt")

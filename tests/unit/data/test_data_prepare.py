@@ -14,6 +14,7 @@ import psutil
 import pytest
 from data_zoo import die
 
+from treadle.config.load import import_all
 from treadle.data import tokenize
 from treadle.data.cache import build_once
 from treadle.data.config import DataConfig
@@ -279,3 +280,68 @@ def test_a_script_without_a_main_guard_prepares_once(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["tokens", str(3 * (11 * 400_000 + 1))], done.stderr
+
+
+KIND = """
+from typing import Literal
+from treadle.data.sources import Piece, SourceConfig
+
+class CountedConfig(SourceConfig):
+    kind: Literal["counted_{name}"] = "counted_{name}"
+
+    def pieces(self):
+        return [Piece(str(i), size=5 << 20) for i in range(4)]
+
+    def read(self, piece):
+        yield f"document {{piece.path}}"
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "module"])
+def test_workers_find_a_source_of_the_users_own(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module, where it was imported as a file, has a name that no other process could import."""
+    (tmp_path / f"counted_{how}.py").write_text(KIND.format(name=how))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_all([str(tmp_path / "counted_file.py") if how == "file" else "counted_module"], "test")
+    data = prepare(config(tmp_path, sources=[f"counted_{how}"], held_out=0, workers=2), tmp_path / "c", progress=False)
+    assert texts(data.train[0], data.tokenizer) == [f"document {i}" for i in range(4)]
+
+
+def test_a_source_that_workers_cannot_import_is_a_clear_error(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        KIND.format(name="here") + "from treadle.data.config import DataConfig\n"
+        "from treadle.data.prepare import prepare\n"
+        "data = {'sources': ['counted_here'], 'tokenizer': 'bytes', 'held_out': 0, 'workers': 2}\n"
+        "prepare(DataConfig.model_validate(data), 'cache', progress=False)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "cannot import the source's class" in done.stderr
+    assert "set data.workers: 1" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_workers_are_as_many_as_the_cores_this_process_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert tokenize.cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert tokenize.cores() == len(before)
+
+
+def test_a_cache_that_cannot_be_written_is_a_clear_error(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", Path("/proc/treadle")):
+        with pytest.raises(DataError, match=rf"cache folder {cache}/tokens: cannot be written: .*set data\.cache"):
+            prepare(config(corpus), cache, progress=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_cache_is_a_clear_error(corpus: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache/tokens"
+    cache.mkdir(parents=True)
+    cache.chmod(0o500)
+    with pytest.raises(DataError, match="cannot be written: Permission denied"):
+        prepare(config(corpus), tmp_path / "cache", progress=False)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tokenizers import decoders, models, normalizers
 
 from treadle.data.tokenizer import END_OF_TEXT, Tokenizer, TokenizerConfig
 from treadle.errors import DataError
@@ -150,3 +152,26 @@ def test_more_tokens_than_the_text_has_are_refused() -> None:
 def test_impossible_tokenizers_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TokenizerConfig.model_validate(options)
+
+
+def llama_like() -> Tokenizer:
+    """SentencePiece as converted for Llama: words with the space before them, bytes for what is in no word."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "t", "h", "e", "▁t", "▁th", "▁the", "he"]
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("h", "e")]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend, "</s>")
+
+
+@pytest.mark.parametrize("text", ["the the", "the", "he the he", "thé the", " the  the"])
+def test_token_bytes_add_up_where_words_carry_the_space_before_them(text: str) -> None:
+    tokenizer = llama_like()
+    first, *rest = tokenizer.encode(text)
+    total = tokenizer.token_bytes(opening=True)[first] + tokenizer.token_bytes()[rest].sum()
+    assert total == len(text.encode())
+    assert tokenizer.decode([first, *rest]) == text

@@ -1,6 +1,7 @@
 """Blocks against their formulas, and the properties that every block owes."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,36 @@ class Squared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x).square())
 """
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "fan_in"])
+def test_every_initialisation_starts_near_an_even_guess(kind: str, tied: bool) -> None:
+    wide = {
+        "kind": "pre_norm",
+        "mixer": {"kind": "attention", "heads": 4},
+        "feedforward": {"kind": "gated", "dim": 384},
+    }
+    source = spec(dim=128, vocab_size=500, layers=[wide], tied=tied, init=kind)
+    model = resolve(TransformerConfig, source).build().initialise(0)
+    tokens = torch.randint(0, 500, (4, 33))
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss.item() - math.log(500)) < 0.8
+
+
+def test_flops_of_a_window_count_what_is_seen() -> None:
+    for window, length in [(4, 16), (16, 16), (100, 16), (1, 16)]:
+        config = resolve(Part, {"mixer": {"kind": "attention", "heads": 4, "window": window}}).mixer
+        seen = sum(min(i + 1, window) for i in range(length)) / length
+        claimed = config.build(16, 32).mixing_flops(length) / (4 * 16)
+        assert abs(claimed - seen) <= 0.5
+
+
+def test_new_positions_give_new_tables() -> None:
+    model = resolve(TransformerConfig, spec()).build().initialise(0)
+    tokens, first = torch.randint(0, 64, (1, 8)), AttentionContext.causal(1, 8)
+    model(tokens, first)
+    assert first.tables == {}
+    moved = replace(first, positions_BS=first.positions_BS * 3)
+    fresh = AttentionContext(torch.arange(0, 24, 3)[None])
+    assert torch.equal(model(tokens, moved), model(tokens, fresh))

@@ -203,7 +203,8 @@ def test_time_goes_on_after_a_resume(make):
 def test_resuming_with_another_configuration_keeps_the_old_one(make):
     folder = make_and_finish(make)
     for text in ("a: 1\n", "a: 1\n", "a: 2\n"):
-        Run.resume(folder, config_yaml=text).finish()
+        with Run.resume(folder) as run:
+            run.accept_config(text)
     kept = {path.name: path.read_text() for path in folder.glob("config*.yaml")}
     assert kept == {"config.yaml": "a: 2\n", "config-1.yaml": YAML, "config-2.yaml": "a: 1\n"}
     assert len(list(folder.glob("environment*.json"))) == 1  # it did not change
