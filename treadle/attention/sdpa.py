@@ -1,30 +1,43 @@
 """Attention through `scaled_dot_product_attention`: cuDNN or flash for plain causal rows, a dense mask for the rest.
 
+ALiBi is a dense mask of numbers in float32. A sink is one more key and value of zeros, whose mask is the sink's logit.
+
 B batch, S query length, T key length, H heads, G key-value heads, K head dim.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treadle.attention.context import AttentionContext
-from treadle.attention.facts import AttentionFacts, visible
+from treadle.attention.facts import AttentionFacts, alibi_bias, visible
 
 
 def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
     return "it has no softcap" if facts.softcap is not None else None
 
 
-def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+def attend(
+    q_BSHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    facts: AttentionFacts,
+    context: AttentionContext,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     causal = is_plain_causal(q_BSHK, facts, context)
+    mask = None if causal else _mask(q_BSHK, k_BTGK.shape[1], facts, context, sinks_H)
+    if sinks_H is not None:
+        k_BTGK, v_BTGK = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k_BTGK, v_BTGK))
     with _kernels(q_BSHK):
         out_BHSK = F.scaled_dot_product_attention(
             q_BSHK.transpose(1, 2),
             k_BTGK.transpose(1, 2),
             v_BTGK.transpose(1, 2),
-            attn_mask=None if causal else visible(facts, context, k_BTGK.shape[1])[:, None],
+            attn_mask=mask,
             is_causal=causal,
             scale=facts.scale,
             enable_gqa=q_BSHK.shape[2] != k_BTGK.shape[2],
@@ -32,8 +45,30 @@ def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts
     return out_BHSK.transpose(1, 2)
 
 
+def _mask(
+    q_BSHK: Tensor, keys: int, facts: AttentionFacts, context: AttentionContext, sinks_H: Tensor | None
+) -> Tensor:
+    """Which keys are seen, as booleans; with ALiBi or sinks what is added to the scores.  -> mask_B1ST or mask_BHST"""
+    B, S, H, _ = q_BSHK.shape
+    seen_B1ST = visible(facts, context, keys)[:, None]
+    if not (facts.alibi or facts.sinks):
+        return seen_B1ST
+    wide = torch.promote_types(q_BSHK.dtype, torch.float32)
+    if facts.alibi:
+        bias = alibi_bias(H, context, keys, wide)
+    else:
+        bias = torch.zeros((), dtype=wide, device=q_BSHK.device)
+    mask = torch.where(seen_B1ST, bias, float("-inf"))
+    if sinks_H is not None:
+        sink_BHS1 = sinks_H.to(wide).view(1, H, 1, 1).expand(B, H, S, 1)
+        mask = torch.cat((mask.expand(B, H, S, keys), sink_BHS1), dim=-1)
+    return mask
+
+
 def is_plain_causal(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> bool:
     """True when every row is one document seen whole: no mask is needed beyond the triangle."""
+    if facts.alibi or facts.sinks:
+        return False
     whole = facts.window is None or facts.window >= q_BSHK.shape[1]
     return whole and context.documents_BS is None and context.cache is None
 
