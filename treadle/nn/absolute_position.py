@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from treadle.errors import ConfigError
 from treadle.nn.config import AbsolutePositionConfig
 from treadle.nn.linear import Embedding
 from treadle.nn.rope_scaling import rope_frequencies
@@ -26,7 +27,7 @@ class LearnedConfig(AbsolutePositionConfig):
 class Learned(nn.Module):
     """positions_BS -> x_BSD in `dtype`
 
-    A position without a vector raises IndexError on a CPU. On CUDA the values are not looked at, which would stop the
+    A position without a vector raises ConfigError on a CPU. On CUDA the values are not looked at, which would stop the
     host in every forward: the lookup kernel itself fails there, with a device-side assertion.
     """
 
@@ -41,9 +42,9 @@ class Learned(nn.Module):
         if positions_BS.device.type == "cpu" and not torch.compiler.is_compiling() and positions_BS.numel():
             last = int(positions_BS.max())
             if last >= self.length:
-                raise IndexError(
+                raise ConfigError(
                     f"position {last} has no vector: the model's learned positions end at {self.length - 1}; "
-                    f"use shorter sequences, or train with a larger model.max_length or model.position.length"
+                    "use shorter sequences, or train a model with a larger max_length or position.length"
                 )
         return self.table(positions_BS + self.offset, dtype)
 

@@ -28,7 +28,7 @@ class PositionConfig(Buildable, Kind):
     """Positions as attention sees them. Builds with (head_dim, max_length)."""
 
     def problems(self, head_dim: int) -> Iterator[tuple[str, str]]:
-        """(key, message) for each value that is impossible at this head dim (key `head_dim` if that itself is wrong)."""
+        """(key, message) for each value that is impossible at this head dim; key `head_dim` blames that."""
         yield from ()
 
 
