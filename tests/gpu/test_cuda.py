@@ -28,8 +28,16 @@ CUDA = torch.device("cuda")
 CASES = {
     "sdpa": [{}, {"window": 65}, {"alibi": True}, {"sinks": True}, {"alibi": True, "sinks": True, "window": 65}],
     "flash": [{}, {"window": 1}, {"window": 65}, {"scale": 0.3}],
-    "flex": [{}, {"window": 65}, {"softcap": 5.0}, {"softcap": 5.0, "window": 200}, {"alibi": True}, {"sinks": True}]
-    + [{"alibi": True, "sinks": True, "window": 65}, {"alibi": True, "sinks": True, "softcap": 5.0, "scale": 0.3}],
+    "flex": [
+        {},
+        {"window": 65},
+        {"softcap": 5.0},
+        {"softcap": 5.0, "window": 200},
+        {"alibi": True},
+        {"sinks": True},
+        {"alibi": True, "sinks": True, "window": 65},
+        {"alibi": True, "sinks": True, "softcap": 5.0, "scale": 0.3},
+    ],
 }
 
 

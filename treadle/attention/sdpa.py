@@ -1,6 +1,7 @@
 """Attention through `scaled_dot_product_attention`: cuDNN or flash for plain causal rows, a dense mask for the rest.
 
-ALiBi is a dense mask of numbers in float32. A sink is one more key and value of zeros, whose mask is the sink's logit.
+ALiBi is a dense mask of numbers in float32 (bf16 would blur far distances), which PyTorch's plain formula takes and its
+fused kernels do not. A sink is one more key and value of zeros, whose mask is the sink's logit.
 
 B batch, S query length, T key length, H heads, G key-value heads, K head dim.
 """
@@ -32,7 +33,7 @@ def attend(
     mask = None if causal else _mask(q_BSHK, k_BTGK.shape[1], facts, context, sinks_H)
     if sinks_H is not None:
         k_BTGK, v_BTGK = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k_BTGK, v_BTGK))
-    with _kernels(q_BSHK):
+    with _kernels(q_BSHK, mask):
         out_BHSK = F.scaled_dot_product_attention(
             q_BSHK.transpose(1, 2),
             k_BTGK.transpose(1, 2),
@@ -73,9 +74,13 @@ def is_plain_causal(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionCon
     return whole and context.documents_BS is None and context.cache is None
 
 
-def _kernels(q_BSHK: Tensor) -> AbstractContextManager[None]:
+def _kernels(q_BSHK: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
     """On a GPU ask for cuDNN before flash: PyTorch's own order takes flash, 1.6 times slower on Hopper."""
-    return sdpa_kernel(_ORDER, set_priority=True) if q_BSHK.device.type == "cuda" else nullcontext()
+    if q_BSHK.device.type != "cuda":
+        return nullcontext()
+    if mask is not None and mask.is_floating_point():
+        return sdpa_kernel(SDPBackend.MATH)
+    return sdpa_kernel(_ORDER, set_priority=True)
 
 
 _ORDER = [

@@ -156,6 +156,16 @@ def test_flex_visits_every_chunk_that_matters(window: int | None, lengths: list[
     assert (flex.attend(*qkv, facts, context, *sinks) - reference).abs().max() < 1e-5
 
 
+def test_flex_passes_gradients_to_sinks() -> None:
+    qkv, facts = [t.float() for t in tensors(1, 40, 3, 1, 16)], AttentionFacts(alibi=True, sinks=True)
+    gradients = []
+    for backend in (flex, BACKENDS["reference"]):
+        sinks_H = sink_logits(3, facts)[0].float().requires_grad_()
+        backend.attend(*qkv, facts, AttentionContext.causal(1, 40), sinks_H).square().sum().backward()
+        gradients.append(sinks_H.grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("more", [{}, {"alibi": True, "sinks": True}])
 def test_a_cache_gives_the_same_as_the_whole_row(more: dict[str, Any], backend: str) -> None:
