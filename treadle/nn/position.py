@@ -57,9 +57,8 @@ class Rope(nn.Module):
         self.theta, self.layout, self.rotated = config.theta, config.layout, config.rotated(head_dim)
         scaling = config.scaling
         self.scaling: Any = scaling.build(self.theta, self.rotated, max_length) if scaling is not None else None
-        self.key = f"rope theta={self.theta} dim={self.rotated} layout={self.layout}"
-        if scaling is not None:
-            self.key += f" scaling={scaling!r} max_length={max_length}"
+        self.label = f"theta={self.theta} rotated={self.rotated} layout={self.layout}"
+        self.key = f"rope {self.label} scaling={scaling!r} max_length={max_length}"
 
     def tables(self, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """-> cos_BS1R, sin_BS1R in float32 (each frequency twice, for the two channels of its pair)"""
@@ -80,7 +79,7 @@ class Rope(nn.Module):
         return rotate(q_BSHK, cos_BS1R, sin_BS1R, self.layout), rotate(k_BSGK, cos_BS1R, sin_BS1R, self.layout)
 
     def extra_repr(self) -> str:
-        return self.key
+        return self.label if self.scaling is None else f"{self.label} scaling={type(self.scaling).__name__}"
 
 
 def rotate(x_BSHK: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor, layout: Layout = "half") -> Tensor:
