@@ -12,6 +12,7 @@ from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, attend
 from treadle.config import resolve
 from treadle.data.packing import Batch
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
+from treadle.nn.position import RopeConfig
 from treadle.nn.transformer import TransformerConfig
 from treadle.train.checkpoint import Checkpointer
 from treadle.train.config import CheckpointConfig, TrainingConfig
@@ -25,9 +26,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 CUDA = torch.device("cuda")
 
 CASES = {
-    "sdpa": [{}, {"window": 65}],
+    "sdpa": [{}, {"window": 65}, {"alibi": True}, {"sinks": True}, {"alibi": True, "sinks": True, "window": 65}],
     "flash": [{}, {"window": 1}, {"window": 65}, {"scale": 0.3}],
-    "flex": [{}, {"window": 65}, {"softcap": 5.0}, {"softcap": 5.0, "window": 200}],
+    "flex": [
+        {},
+        {"window": 65},
+        {"softcap": 5.0},
+        {"softcap": 5.0, "window": 200},
+        {"alibi": True},
+        {"sinks": True},
+        {"alibi": True, "sinks": True, "window": 65},
+        {"alibi": True, "sinks": True, "softcap": 5.0, "scale": 0.3},
+    ],
 }
 
 
@@ -52,8 +62,11 @@ def test_attention_equals_float64(
     results = []
     for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64)):
         leaves = [t.detach().to(dtype).requires_grad_() for t in narrow]
+        if facts.sinks:  # a parameter: float32 whatever is computed in
+            wide = torch.promote_types(dtype, torch.float32)
+            leaves.append(torch.linspace(-2, 3, heads[0], device=CUDA, dtype=wide).requires_grad_())
         seen = AttentionContext(context.positions_BS, context.documents_BS, context.cumulative_lengths_N, S, name)
-        out = attend(*leaves, facts, seen)
+        out = attend(*leaves[:3], facts, seen, *leaves[3:])
         out.backward(grad.to(dtype))
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for got, exact in zip(*results, strict=True):
@@ -69,6 +82,33 @@ def test_the_measured_choice() -> None:
     assert choose(q, AttentionFacts(window=9), plain) == "flash"
     assert choose(q, AttentionFacts(softcap=5.0), plain) == "flex"
     assert choose(q.float(), AttentionFacts(), packed) == "flex"
+    assert choose(q, AttentionFacts(alibi=True), plain) == "flex"
+    assert choose(q, AttentionFacts(sinks=True), packed) == "flex"
+
+
+SCALINGS: list[dict[str, Any]] = [
+    {"kind": "linear", "factor": 2.0},
+    {"kind": "dynamic_ntk", "factor": 2.0, "original_length": 128},
+    {"kind": "llama3", "original_length": 128},
+    {"kind": "yarn", "original_length": 128},
+    {"kind": "longrope", "original_length": 128, "short_factor": [1.5] * 16, "long_factor": [3.0] * 16},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_tables_equal_the_cpu_and_never_stop_the_host(scaling: dict[str, Any]) -> None:
+    rope = RopeConfig.model_validate({"scaling": scaling}).build(32, 256)
+    packed = AttentionContext.packed(torch.tensor([[0] * 100 + [1] * 156, [0] * 256]))
+    on_device = packed.to(CUDA)
+    first = rope.tables(on_device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = rope.tables(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for once, twice, exact in zip(first, again, rope.tables(packed), strict=True):
+        assert torch.equal(once, twice)
+        assert (once.cpu() - exact).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (30.0, 1e-3)])
@@ -93,7 +133,7 @@ def test_linear_cross_entropy_equals_float64(softcap: float | None, z_loss: floa
     assert relative(master.grad, exact.grad) < 1e-2
 
 
-SPEC = {
+SPEC: dict[str, Any] = {
     "dim": 128,
     "vocab_size": 512,
     "max_length": 256,
@@ -128,10 +168,12 @@ class Losses(Callback):
         self.values.append(record.loss)
 
 
-def losses(packed: bool, steps: int = 12, optimizer: Any = None, **changes: Any) -> list[float]:
+def losses(
+    packed: bool, steps: int = 12, optimizer: Any = None, spec: dict[str, Any] = SPEC, **changes: Any
+) -> list[float]:
     torch.compiler.reset()
     config = TrainingConfig(steps=steps, sequence_length=256, batch_size=4, **changes)
-    model = build_model(resolve(TransformerConfig, SPEC), config, seed=0, device=CUDA)
+    model = build_model(resolve(TransformerConfig, spec), config, seed=0, device=CUDA)
     state = build_state(model, optimizer or AdamWConfig(lr=3e-3), config)
     record = Losses()
     Loop(state, config, ConstantConfig(), cross_entropy, [record]).run(batches(steps, packed))
@@ -147,6 +189,18 @@ def test_every_way_to_compute_gives_the_same_losses(packed: bool) -> None:
         assert got == pytest.approx(exact, abs=0.05), (precision, compiled, checkpointing)
     got = losses(packed, precision="bf16", compile=True, activation_checkpointing="selective")
     assert got == pytest.approx(exact, abs=0.05)
+
+
+@pytest.mark.parametrize("position", ["alibi", {"kind": "rope", "partial": 0.5, "scaling": SCALINGS[1]}])
+def test_positions_and_sinks_compile_to_the_same_losses(position: Any) -> None:
+    layer = SPEC["layers"][0]
+    mixer = {"kind": "attention", "heads": 4, "kv_heads": 2, "position": position, "sinks": True}
+    spec = {**SPEC, "position": "learned", "layers": [{**layer, "mixer": mixer}]}
+    exact = losses(True, precision="fp32", compile=False, spec=spec)
+    assert exact[-1] < exact[0] - 0.5
+    for checkpointing in ("none", "selective"):
+        got = losses(True, precision="bf16", compile=True, activation_checkpointing=checkpointing, spec=spec)
+        assert got == pytest.approx(exact, abs=0.05), checkpointing
 
 
 def test_muon_learns_in_bf16() -> None:

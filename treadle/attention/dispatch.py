@@ -16,14 +16,24 @@ from treadle.errors import ConfigError
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "flash": flash, "flex": flex}
 
 
-def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+def attend(
+    q_BSHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    facts: AttentionFacts,
+    context: AttentionContext,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of queries over the keys they may see.
 
-    q_BSHK, k_BTGK, v_BTGK -> out_BSHK, with H a multiple of G (grouped queries). Raises ConfigError when the backend
-    that `context.backend` names cannot compute these facts; a named backend is never replaced by another.
+    q_BSHK, k_BTGK, v_BTGK -> out_BSHK, with H a multiple of G (grouped queries). sinks_H: one logit per head, given
+    exactly when `facts.sinks`. Raises ConfigError when the backend that `context.backend` names cannot compute these
+    facts; a named backend is never replaced by another.
     """
+    if facts.sinks != (sinks_H is not None):
+        raise ValueError(f"facts.sinks is {facts.sinks}, sinks_H is {'missing' if sinks_H is None else 'given'}")
     backend = BACKENDS[choose(q_BSHK, facts, context)]
-    return backend.attend(q_BSHK, k_BTGK, v_BTGK, facts, context)
+    return backend.attend(q_BSHK, k_BTGK, v_BTGK, facts, context, sinks_H)
 
 
 def choose(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str:

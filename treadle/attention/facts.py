@@ -1,8 +1,9 @@
 """What a layer's attention is, as static facts; and the mask that follows from the facts and the context.
 
-B batch, S query length, T key length.
+B batch, S query length, T key length, H heads.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,16 @@ class AttentionFacts:
     scale: what the dot products are multiplied by; None is 1/sqrt(head dim).
     window: a query at position i sees the keys at positions i-window+1 ... i; None sees all earlier ones.
     softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118); None leaves them.
+    alibi: slope * (i - j) is taken from each score, after the softcap, with a slope per head (arXiv:2108.12409).
+    sinks: one learned logit per head joins each softmax and carries no value (GPT-OSS, arXiv:2508.10925): its tensor is
+        the last argument of `attend`. The softcap and ALiBi do not touch it.
     """
 
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
 
 
 def visible(facts: AttentionFacts, context: AttentionContext, keys: int) -> Tensor:
@@ -30,14 +36,36 @@ def visible(facts: AttentionFacts, context: AttentionContext, keys: int) -> Tens
 
     Without a cache the keys are the queries' own tokens. With a cache the key at index j has position j.
     """
-    q_position_BS1 = context.positions_BS[:, :, None]
-    if context.cache is None:
-        k_position_B1T = context.positions_BS[:, None, :]
-    else:
-        k_position_B1T = torch.arange(keys, device=q_position_BS1.device)[None, None, :]
+    q_position_BS1, k_position_B1T = _positions(context, keys)
     mask_BST = k_position_B1T <= q_position_BS1
     if facts.window is not None:
         mask_BST &= k_position_B1T > q_position_BS1 - facts.window
     if context.documents_BS is not None:
         mask_BST &= context.documents_BS[:, :, None] == context.documents_BS[:, None, :]
     return mask_BST
+
+
+def alibi_slopes(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """How fast attention fades with distance, per head (Press et al. 2021, arXiv:2108.12409).  -> slopes_H
+
+    For n heads, a power of two, head h of 1 ... n has 2^(-8h/n). Any other number takes those of the next lower power
+    n, then every second one of 2n, from the first, as the authors' code, BLOOM and MPT do.
+    """
+    n = 2 ** math.floor(math.log2(heads))
+    head_H = torch.arange(heads, device=device, dtype=torch.float64)
+    return torch.exp2(-torch.where(head_H < n, 8 * (head_H + 1) / n, 4 * (2 * (head_H - n) + 1) / n)).to(dtype)
+
+
+def alibi_bias(heads: int, context: AttentionContext, keys: int, dtype: torch.dtype) -> Tensor:
+    """What ALiBi adds to the scores: -slope * (i - j).  -> bias_BHST"""
+    q_position_BS1, k_position_B1T = _positions(context, keys)
+    distance_BST = q_position_BS1 - k_position_B1T
+    return -alibi_slopes(heads, distance_BST.device, dtype)[:, None, None] * distance_BST[:, None]
+
+
+def _positions(context: AttentionContext, keys: int) -> tuple[Tensor, Tensor]:
+    """Of queries and keys, shaped so that they meet.  -> q_position_BS1, k_position_B1T"""
+    q_position_BS1 = context.positions_BS[:, :, None]
+    if context.cache is None:
+        return q_position_BS1, context.positions_BS[:, None, :]
+    return q_position_BS1, torch.arange(keys, device=q_position_BS1.device)[None, None, :]

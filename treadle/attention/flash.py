@@ -27,6 +27,10 @@ def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
         return f"it computes in bf16 or fp16, not {q_BSHK.dtype}"
     if facts.softcap is not None:
         return "it has no softcap"
+    if facts.alibi:
+        return "it has no ALiBi"
+    if facts.sinks:
+        return "it has no sinks"
     if facts.scale is not None and not _BACKWARD_KNOWS_SCALE:
         return "its backward ignores a scale in this version of PyTorch; 2.13 mends it"
     if context.cache is not None:
@@ -38,7 +42,14 @@ def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
     return None
 
 
-def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+def attend(
+    q_BSHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    facts: AttentionFacts,
+    context: AttentionContext,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     B, S = q_BSHK.shape[:2]
     boundaries = context.cumulative_lengths_N
     if boundaries is None:

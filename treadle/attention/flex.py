@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from treadle.attention.context import AttentionContext
-from treadle.attention.facts import AttentionFacts
+from treadle.attention.facts import AttentionFacts, alibi_slopes
 
 CHUNK = 128
 
@@ -25,24 +25,49 @@ def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
     return None
 
 
-def attend(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
-    softcap = facts.softcap
-
-    def cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
-
+def attend(
+    q_BSHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    facts: AttentionFacts,
+    context: AttentionContext,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     kernel: Any = flex_attention if torch.compiler.is_compiling() or q_BSHK.device.type == "cpu" else _compiled()
-    out_BHSK: Tensor = kernel(
+    options: dict[str, Any] = {} if sinks_H is None else {"return_aux": AuxRequest(lse=True)}
+    result = kernel(
         q_BSHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGK.transpose(1, 2),
-        score_mod=cap if softcap is not None else None,
+        score_mod=_score_mod(facts, q_BSHK),
         block_mask=block_mask(facts, context),
         scale=facts.scale,
         enable_gqa=q_BSHK.shape[2] != k_BSGK.shape[2],
+        **options,
     )
-    return out_BHSK.transpose(1, 2)
+    if sinks_H is None:
+        out_BHSK: Tensor = result
+        return out_BHSK.transpose(1, 2)
+    # A sink takes its share of the softmax from all keys alike: exp(lse) / (exp(lse) + exp(sink)) is left to them.
+    share_BHS1 = torch.sigmoid(result[1].lse - sinks_H[:, None])[..., None]
+    return (result[0] * share_BHS1).to(q_BSHK.dtype).transpose(1, 2)
+
+
+def _score_mod(facts: AttentionFacts, q_BSHK: Tensor) -> Callable[..., Tensor] | None:
+    """What happens to a scaled score before the softmax, as flex wants it."""
+    if facts.softcap is None and not facts.alibi:
+        return None
+    softcap = facts.softcap
+    slopes_H = alibi_slopes(q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
+
+    def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if slopes_H is not None:
+            score = score - slopes_H[h] * (q - k)  # within a document, a distance of indices is one of positions
+        return score
+
+    return change
 
 
 @functools.cache

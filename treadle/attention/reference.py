@@ -7,14 +7,21 @@ import torch
 from torch import Tensor
 
 from treadle.attention.context import AttentionContext
-from treadle.attention.facts import AttentionFacts, visible
+from treadle.attention.facts import AttentionFacts, alibi_bias, visible
 
 
 def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
     return None
 
 
-def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+def attend(
+    q_BSHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    facts: AttentionFacts,
+    context: AttentionContext,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     B, S, H, K = q_BSHK.shape
     G = k_BTGK.shape[2]
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
@@ -22,7 +29,14 @@ def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts
     scores_BGRST = torch.einsum("bsgrk,btgk->bgrst", q_BSGRK, k_BTGK.to(wide)) * (facts.scale or K**-0.5)
     if facts.softcap is not None:
         scores_BGRST = facts.softcap * torch.tanh(scores_BGRST / facts.softcap)
+    if facts.alibi:
+        scores_BGRST = scores_BGRST + alibi_bias(H, context, k_BTGK.shape[1], wide).unflatten(1, (G, H // G))
     mask_BST = visible(facts, context, k_BTGK.shape[1])
     scores_BGRST = scores_BGRST.masked_fill(~mask_BST[:, None, None], float("-inf"))
-    out_BSGRK = torch.einsum("bgrst,btgk->bsgrk", scores_BGRST.softmax(-1), v_BTGK.to(wide))
+    if sinks_H is not None:
+        sinks_BGRS1 = sinks_H.to(wide).view(1, G, H // G, 1, 1).expand(B, -1, -1, S, 1)
+        weights_BGRST = torch.cat((scores_BGRST, sinks_BGRS1), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights_BGRST = scores_BGRST.softmax(-1)
+    out_BSGRK = torch.einsum("bgrst,btgk->bsgrk", weights_BGRST, v_BTGK.to(wide))
     return out_BSGRK.reshape(B, S, H, -1).to(q_BSHK.dtype)

@@ -1,32 +1,46 @@
 """Attention through `scaled_dot_product_attention`: cuDNN or flash for plain causal rows, a dense mask for the rest.
 
+ALiBi is a dense mask of numbers in float32 (bf16 would blur far distances), which PyTorch's plain formula takes and its
+fused kernels do not. A sink is one more key and value of zeros, whose mask is the sink's logit.
+
 B batch, S query length, T key length, H heads, G key-value heads, K head dim.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treadle.attention.context import AttentionContext
-from treadle.attention.facts import AttentionFacts, visible
+from treadle.attention.facts import AttentionFacts, alibi_bias, visible
 
 
 def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
     return "it has no softcap" if facts.softcap is not None else None
 
 
-def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts, context: AttentionContext) -> Tensor:
+def attend(
+    q_BSHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    facts: AttentionFacts,
+    context: AttentionContext,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     first_call = replace(context, cache=None) if q_BSHK.shape[1] == k_BTGK.shape[1] else context  # the cache was empty
     causal = is_plain_causal(q_BSHK, facts, first_call)
-    with _kernels(q_BSHK):
+    mask = None if causal else _mask(q_BSHK, k_BTGK.shape[1], facts, context, sinks_H)
+    if sinks_H is not None:
+        k_BTGK, v_BTGK = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k_BTGK, v_BTGK))
+    with _kernels(q_BSHK, mask):
         out_BHSK = F.scaled_dot_product_attention(
             q_BSHK.transpose(1, 2),
             k_BTGK.transpose(1, 2),
             v_BTGK.transpose(1, 2),
-            attn_mask=None if causal else visible(facts, context, k_BTGK.shape[1])[:, None],
+            attn_mask=mask,
             is_causal=causal,
             scale=facts.scale,
             enable_gqa=q_BSHK.shape[2] != k_BTGK.shape[2],
@@ -34,15 +48,41 @@ def attend(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, facts: AttentionFacts
     return out_BHSK.transpose(1, 2)
 
 
+def _mask(
+    q_BSHK: Tensor, keys: int, facts: AttentionFacts, context: AttentionContext, sinks_H: Tensor | None
+) -> Tensor:
+    """Which keys are seen, as booleans; with ALiBi or sinks what is added to the scores.  -> mask_B1ST or mask_BHST"""
+    B, S, H, _ = q_BSHK.shape
+    seen_B1ST = visible(facts, context, keys)[:, None]
+    if not (facts.alibi or facts.sinks):
+        return seen_B1ST
+    wide = torch.promote_types(q_BSHK.dtype, torch.float32)
+    if facts.alibi:
+        bias = alibi_bias(H, context, keys, wide)
+    else:
+        bias = torch.zeros((), dtype=wide, device=q_BSHK.device)
+    mask = torch.where(seen_B1ST, bias, float("-inf"))
+    if sinks_H is not None:
+        sink_BHS1 = sinks_H.to(wide).view(1, H, 1, 1).expand(B, H, S, 1)
+        mask = torch.cat((mask.expand(B, H, S, keys), sink_BHS1), dim=-1)
+    return mask
+
+
 def is_plain_causal(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> bool:
     """True when every row is one document seen whole: no mask is needed beyond the triangle."""
+    if facts.alibi or facts.sinks:
+        return False
     whole = facts.window is None or facts.window >= q_BSHK.shape[1]
     return whole and context.documents_BS is None and context.cache is None
 
 
-def _kernels(q_BSHK: Tensor) -> AbstractContextManager[None]:
+def _kernels(q_BSHK: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
     """On a GPU ask for cuDNN before flash: PyTorch's own order takes flash, 1.6 times slower on Hopper."""
-    return sdpa_kernel(_ORDER, set_priority=True) if q_BSHK.device.type == "cuda" else nullcontext()
+    if q_BSHK.device.type != "cuda":
+        return nullcontext()
+    if mask is not None and mask.is_floating_point():
+        return sdpa_kernel(SDPBackend.MATH)
+    return sdpa_kernel(_ORDER, set_priority=True)
 
 
 _ORDER = [

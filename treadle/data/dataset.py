@@ -135,11 +135,12 @@ class TokenDataset:
         if not len(tokens):
             return
         if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
-            at, expected = int(tokens.argmax()), f"an id below the vocabulary size {self.vocab_size}"
+            wrong, expected = tokens >= self.vocab_size, f"an id below the vocabulary size {self.vocab_size}"
         elif tokens.dtype.kind == "i" and int(tokens.min()) < 0:
-            at, expected = int(tokens.argmin()), "an id of at least 0"
+            wrong, expected = tokens < 0, "an id of at least 0"
         else:
             return
+        at = int(wrong.argmax())
         raise DataError(
             f"{part.path}: token {first + at} is {int(tokens[at])}, expected {expected}; prepare the data again with "
             f"this tokenizer"

@@ -6,6 +6,7 @@ B batch, S sequence, D model dim, H heads, G key-value heads, K head dim.
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from treadle.attention import AttentionContext, AttentionFacts, LayerCache, atte
 from treadle.config.base import key_error
 from treadle.nn.config import MixerConfig, NormConfig, PositionConfig
 from treadle.nn.linear import Linear
-from treadle.nn.position import RopeConfig
+from treadle.nn.position import AlibiConfig, RopeConfig
 
 
 class AttentionConfig(MixerConfig):
@@ -23,10 +24,11 @@ class AttentionConfig(MixerConfig):
     heads: PositiveInt = Field(description="query heads")
     kv_heads: PositiveInt | None = Field(None, description="key-value heads; null: as many as heads")
     head_dim: PositiveInt | None = Field(None, description="size of a head; null: model dim / heads")
-    position: PositionConfig | None = Field(RopeConfig(), description="positions on queries and keys; null: none")
+    position: PositionConfig | None = Field(RopeConfig(), description="how positions enter; null: not at all (NoPE)")
     window: PositiveInt | None = Field(None, description="sees this many tokens, itself included; null: all earlier")
     qk_norm: NormConfig | None = Field(None, description="norm of each query and key head (arXiv:2302.05442)")
     softcap: PositiveFloat | None = Field(None, description="scores become cap * tanh(scores / cap)")
+    sinks: bool = Field(False, description="learn a logit per head that joins each softmax and carries no value")
     scale: PositiveFloat | None = Field(None, description="factor on the dot products; null: 1/sqrt(head dim)")
     bias: bool = Field(False, description="bias on the query, key and value projections")
     output_bias: bool = Field(False, description="bias on the output projection")
@@ -36,28 +38,38 @@ class AttentionConfig(MixerConfig):
         if self.kv_heads is not None and self.heads % self.kv_heads:
             fits = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
             raise key_error("kv_heads", f"{self.kv_heads} does not divide heads={self.heads}; try {fits}")
-        if self.position is not None and self.head_dim is not None and self.head_dim % 2:
-            raise key_error("head_dim", f"{self.head_dim} is odd; rotary positions pair channels, so make it even")
         return self
 
     def problems(self, dim: int) -> Iterator[tuple[str, str]]:
         if self.head_dim is None and dim % self.heads:
             yield "heads", f"{self.heads} does not divide the model's dim={dim}; choose a divisor or set head_dim"
-        elif self.head_dim is None and self.position is not None and (dim // self.heads) % 2:
-            yield "heads", f"dim={dim} / heads={self.heads} is odd; rotary positions need an even head dim"
+        elif self.position is not None:
+            for key, message in self.position.problems(self.head_dim or dim // self.heads):
+                if key != "head_dim":
+                    yield f"position.{key}", message
+                elif self.head_dim is not None:
+                    yield "head_dim", f"{self.head_dim} {message}"
+                else:
+                    yield "heads", f"dim={dim} / heads={self.heads} {message}"
 
 
 class Attention(nn.Module):
-    """out(attend(rope(norm(q)), rope(norm(k)), v)), with q, k, v stored as one matrix.  x_BSD -> y_BSD"""
+    """out(attend(position(norm(q)), position(norm(k)), v)), with q, k, v stored as one matrix.  x_BSD -> y_BSD"""
 
-    roles = {"qkv": "column", "out": "row", "q_norm": "replicate", "k_norm": "replicate"}
+    roles = {"qkv": "column", "out": "row", "q_norm": "replicate", "k_norm": "replicate", "sinks": "column"}
 
     def __init__(self, config: AttentionConfig, model_dim: int, max_length: int):
         super().__init__()
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_dim or model_dim // config.heads
-        self.facts = AttentionFacts(config.scale, config.window, config.softcap)
+        self.facts = AttentionFacts(
+            scale=config.scale,
+            window=config.window,
+            softcap=config.softcap,
+            alibi=isinstance(config.position, AlibiConfig),
+            sinks=config.sinks,
+        )
         parts = {
             "q": self.heads * self.head_dim,
             "k": self.kv_heads * self.head_dim,
@@ -67,6 +79,7 @@ class Attention(nn.Module):
         self.q_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
         self.k_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
         self.position = config.position.build(self.head_dim, max_length) if config.position else None
+        self.sinks = nn.Parameter(torch.empty(self.heads)) if config.sinks else None
         self.out = Linear(self.heads * self.head_dim, model_dim, bias=config.output_bias)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
@@ -79,7 +92,7 @@ class Attention(nn.Module):
         k_BTGK, v_BTGK = k_BSGK, v_BSGK
         if isinstance(context.cache, LayerCache):
             k_BTGK, v_BTGK = context.cache.append(k_BSGK, v_BSGK)
-        return self.out(attend(q_BSHK, k_BTGK, v_BTGK, self.facts, context).flatten(-2))
+        return self.out(attend(q_BSHK, k_BTGK, v_BTGK, self.facts, context, self.sinks).flatten(-2))
 
     def mixing_flops(self, length: float) -> float:
         """Forward FLOPs per token of scores and weighted sum, causal, at sequences of `length` tokens."""

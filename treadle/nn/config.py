@@ -27,6 +27,18 @@ class NormConfig(Buildable, Kind):
 class PositionConfig(Buildable, Kind):
     """Positions as attention sees them. Builds with (head_dim, max_length)."""
 
+    def problems(self, head_dim: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible at this head dim; key `head_dim` blames that."""
+        yield from ()
+
+
+class AbsolutePositionConfig(Buildable, Kind):
+    """Positions as the residual stream sees them. Builds with (dim, max_length)."""
+
+    def problems(self, dim: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible at this model dim."""
+        yield from ()
+
 
 class MixerConfig(Buildable, Kind):
     """Moves information between positions: attention and its kin. Builds with (dim, max_length)."""

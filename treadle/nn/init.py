@@ -21,7 +21,7 @@ CHUNK = 1 << 22  # elements hashed at once: bounds the scratch memory to a few h
 
 
 class InitConfig(Kind):
-    """How weights start. Norm weights start at one, biases at zero, whatever the kind."""
+    """How weights start. Norm weights start at one, biases and other vectors over output features at zero."""
 
     def matrix_std(self, role: Role, inputs: int, depth: int) -> float:
         """Standard deviation of a matrix with this role and fan-in, in a stack of `depth` layers."""
@@ -62,7 +62,7 @@ def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int) -
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner = modules[name.rpartition(".")[0]]
-        if name.endswith("bias"):
+        if name.endswith("bias") or (parameter.ndim == 1 and roles[name] == "column"):
             parameter.zero_()
         elif parameter.ndim == 1:
             parameter.fill_(1.0)

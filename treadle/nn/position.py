@@ -1,9 +1,10 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+"""Positions as attention sees them: rotary embedding (Su et al. 2021, arXiv:2104.09864), ALiBi (arXiv:2108.12409).
 
-B batch, S sequence, H heads, K head dim.
+B batch, S sequence, H heads, K head dim, R rotated channels of a head, J = R/2 frequencies.
 """
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from treadle.attention import AttentionContext
 from treadle.nn.config import PositionConfig
+from treadle.nn.rope_scaling import RopeScalingConfig, rope_frequencies
+
+Layout = Literal["half", "interleaved"]
 
 
 class RopeConfig(PositionConfig):
@@ -18,10 +22,31 @@ class RopeConfig(PositionConfig):
 
     kind: Literal["rope"] = "rope"
     theta: PositiveFloat = Field(10_000.0, description="base of the wavelengths")
+    partial: PositiveFloat = Field(
+        1.0, le=1, description="share of the head dim that is rotated, from its first channel"
+    )
+    layout: Layout = Field("half", description="half pairs channels i and i + R/2 (Llama), interleaved 2i and 2i + 1")
+    scaling: RopeScalingConfig | None = Field(None, description="how longer contexts are reached; null: not")
+
+    def rotated(self, head_dim: int) -> int:
+        """How many channels of a head are rotated."""
+        return int(head_dim * self.partial)
+
+    def problems(self, head_dim: int) -> Iterator[tuple[str, str]]:
+        rotated = self.rotated(head_dim)
+        if rotated % 2 and rotated == head_dim:
+            yield "head_dim", "is odd; rotary positions pair channels, so make it even"
+        elif rotated % 2 or not rotated:
+            yield (
+                "partial",
+                f"{self.partial} of head dim {head_dim} is {rotated} channels; choose an even number of them",
+            )
+        elif self.scaling is not None:
+            yield from ((f"scaling.{key}", message) for key, message in self.scaling.problems(rotated))
 
 
 class Rope(nn.Module):
-    """Rotates queries and keys. Channel i is paired with channel i + K/2 (the 'half' layout of Llama's HF weights).
+    """Rotates queries and keys.
 
     Cosines and sines depend on positions alone: `tables` is computed once per forward and shared through the context by
     every layer with the same `key`.
@@ -29,27 +54,61 @@ class Rope(nn.Module):
 
     def __init__(self, config: RopeConfig, head_dim: int, max_length: int):
         super().__init__()
-        self.theta, self.head_dim = config.theta, head_dim
-        self.key = f"rope theta={config.theta} dim={head_dim}"
+        self.theta, self.layout, self.rotated = config.theta, config.layout, config.rotated(head_dim)
+        scaling = config.scaling
+        self.scaling: Any = scaling.build(self.theta, self.rotated, max_length) if scaling is not None else None
+        self.label = f"theta={self.theta} rotated={self.rotated} layout={self.layout}"
+        self.key = f"rope {self.label} scaling={scaling!r} max_length={max_length}"
 
-    def tables(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """positions_BS -> cos_BS1K, sin_BS1K in float32 (each frequency twice, for the two halves)"""
-        # Frequencies in float64: at position 100,000 a float32 frequency is off by a visible angle.
-        exponent_J = torch.arange(0, self.head_dim, 2, device=positions_BS.device, dtype=torch.float64) / self.head_dim
-        angle_BSJ = positions_BS[..., None].double() * self.theta**-exponent_J
-        angle_BS1K = torch.cat((angle_BSJ, angle_BSJ), dim=-1)[:, :, None]
-        return angle_BS1K.cos().float(), angle_BS1K.sin().float()
+    def tables(self, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """-> cos_BS1R, sin_BS1R in float32 (each frequency twice, for the two channels of its pair)"""
+        if self.scaling is None:
+            frequencies = rope_frequencies(self.theta, self.rotated, context.positions_BS.device)
+        else:
+            frequencies = self.scaling.frequencies(context)
+        angle_BSJ = context.positions_BS[..., None].double() * frequencies
+        if self.layout == "half":
+            angle_BS1R = torch.cat((angle_BSJ, angle_BSJ), dim=-1)[:, :, None]
+        else:
+            angle_BS1R = angle_BSJ.repeat_interleave(2, dim=-1)[:, :, None]
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        return (magnitude * angle_BS1R.cos()).float(), (magnitude * angle_BS1R.sin()).float()
 
     def forward(self, q_BSHK: Tensor, k_BSGK: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        cos_BS1K, sin_BS1K = context.tables.get(self.key) or self.tables(context.positions_BS)
-        return rotate(q_BSHK, cos_BS1K, sin_BS1K), rotate(k_BSGK, cos_BS1K, sin_BS1K)
+        cos_BS1R, sin_BS1R = context.tables.get(self.key) or self.tables(context)
+        return rotate(q_BSHK, cos_BS1R, sin_BS1R, self.layout), rotate(k_BSGK, cos_BS1R, sin_BS1R, self.layout)
 
     def extra_repr(self) -> str:
-        return self.key
+        return self.label if self.scaling is None else f"{self.label} scaling={type(self.scaling).__name__}"
 
 
-def rotate(x_BSHK: Tensor, cos_BS1K: Tensor, sin_BS1K: Tensor) -> Tensor:
-    """Rotate each pair (i, i + K/2) of channels, in the dtype of the tables; returns the dtype of x."""
-    x = x_BSHK.to(cos_BS1K.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos_BS1K + torch.cat((-second, first), dim=-1) * sin_BS1K).to(x_BSHK.dtype)
+def rotate(x_BSHK: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor, layout: Layout = "half") -> Tensor:
+    """Rotate the pairs of the first R channels, in the dtype of the tables; returns the dtype of x."""
+    R = cos_BS1R.shape[-1]
+    if x_BSHK.shape[-1] > R:
+        turned_BSHR = rotate(x_BSHK[..., :R], cos_BS1R, sin_BS1R, layout)
+        return torch.cat((turned_BSHR, x_BSHK[..., R:]), dim=-1)
+    x = x_BSHK.to(cos_BS1R.dtype)
+    if layout == "half":
+        first, second = x.chunk(2, dim=-1)
+        quarter = torch.cat((-second, first), dim=-1)
+    else:
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        quarter = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cos_BS1R + quarter * sin_BS1R).to(x_BSHK.dtype)
+
+
+class AlibiConfig(PositionConfig):
+    """Attention fades linearly with distance, at a slope per head; nothing is rotated (arXiv:2108.12409)."""
+
+    kind: Literal["alibi"] = "alibi"
+
+
+class Alibi(nn.Module):
+    """Leaves queries and keys as they are: the bias is a fact of the attention (`AttentionFacts.alibi`)."""
+
+    def __init__(self, config: AlibiConfig, head_dim: int, max_length: int):
+        super().__init__()
+
+    def forward(self, q_BSHK: Tensor, k_BSGK: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        return q_BSHK, k_BSGK

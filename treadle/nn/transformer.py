@@ -14,7 +14,7 @@ from treadle.attention import AttentionContext, Cache, LayerCache
 from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
-from treadle.nn.config import Buildable, LayerConfig, NormConfig
+from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, NormConfig
 from treadle.nn.init import InitConfig, NormalInitConfig, initialise
 from treadle.nn.linear import Embedding
 from treadle.nn.norm import RMSNormConfig
@@ -28,6 +28,9 @@ class TransformerConfig(Buildable, Config):
         None, description="rows of the embedding; null: the tokenizer's, up to a multiple of 64"
     )
     max_length: PositiveInt = Field(description="longest sequence the model is meant for, in tokens")
+    position: AbsolutePositionConfig | None = Field(
+        None, description="a vector per position, added to the embedding; null: none (attention has its own positions)"
+    )
     layers: list[LayerConfig] = Field(min_length=1, description="the stack, from input to output")
     norm: NormConfig = Field(RMSNormConfig(), description="the norm before the head")
     tied: bool = Field(False, description="the head shares the embedding's weight")
@@ -41,6 +44,8 @@ class TransformerConfig(Buildable, Config):
             for index, layer in enumerate(self.layers)
             for key, message in layer.problems(self.dim)
         ]
+        if self.position is not None:
+            problems += [(f"position.{key}", message) for key, message in self.position.problems(self.dim)]
         if problems:
             raise key_errors(problems)
         return self
@@ -93,6 +98,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = torch.float32
         self.embedding = Embedding(config.vocab_size, config.dim)
+        self.position = config.position.build(config.dim, config.max_length) if config.position else None
         self.layers = nn.ModuleDict(
             {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(config.expand())}
         )
@@ -119,15 +125,17 @@ class Transformer(nn.Module):
         context = context or AttentionContext.causal(*tokens_BS.shape, device=tokens_BS.device)
         context = self.with_tables(context)
         x_BSD = self.embedding(tokens_BS, self.dtype)
+        if self.position is not None:
+            x_BSD = x_BSD + self.position(context.positions_BS, self.dtype)
         for index, layer in self.layers.items():
             x_BSD = layer(x_BSD, context.for_layer(int(index)))
         return self.norm(x_BSD)
 
     def with_tables(self, context: AttentionContext) -> AttentionContext:
-        """The context with what layers derive from the positions, computed once for all that share it."""
+        """The context with what layers derive from the context's positions, computed once for all that share it."""
         modules: list[Any] = [module for module in self.modules() if hasattr(module, "tables")]
         sources = {module.key: module for module in modules}
-        return replace(context, tables={key: m.tables(context.positions_BS) for key, m in sources.items()})
+        return replace(context, tables={key: m.tables(context) for key, m in sources.items()})
 
     def initialise(self, seed: int) -> "Transformer":
         """Fill all weights; see `treadle.nn.init`."""

@@ -1,6 +1,8 @@
 """Every backend that runs on this machine against the reference, and the reference against a loop over positions."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, Cache, LayerCache, attend, choose, flash, flex
+from treadle.attention.facts import alibi_slopes, visible
 from treadle.errors import ConfigError
 
 
@@ -17,7 +20,22 @@ def tensors(B: int, S: int, H: int, G: int, K: int, seed: int = 0) -> list[Tenso
     return [torch.randn(B, S, heads, K, generator=generator, dtype=torch.float64) for heads in (H, G, G)]
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, facts: AttentionFacts, documents: list[list[int]]) -> Tensor:
+def sink_logits(H: int, facts: AttentionFacts) -> list[Tensor]:
+    """The last argument of `attend`, if these facts have it."""
+    return [torch.linspace(-2, 3, H, dtype=torch.float64)] if facts.sinks else []
+
+
+def slope_by_hand(h: int, heads: int) -> float:
+    """The recipe of Press et al., as their text has it: a geometric sequence that starts at its own ratio."""
+    if heads & (heads - 1) == 0:
+        return (2 ** (-8 / heads)) ** (h + 1)
+    lower = 1 << (heads.bit_length() - 1)
+    return slope_by_hand(h, lower) if h < lower else slope_by_hand(2 * (h - lower), 2 * lower)
+
+
+def by_hand(
+    q: Tensor, k: Tensor, v: Tensor, facts: AttentionFacts, documents: list[list[int]], sinks: Tensor | None = None
+) -> Tensor:
     """The definition, one query at a time."""
     B, S, H, K = q.shape
     out = torch.zeros_like(q)
@@ -30,7 +48,9 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, facts: AttentionFacts, documents: l
                 scores = torch.stack([q[b, i, h] @ k[b, j, g] for j in seen]) * (facts.scale or 1 / math.sqrt(K))
                 if facts.softcap is not None:
                     scores = facts.softcap * torch.tanh(scores / facts.softcap)
-                weights = scores.exp() / scores.exp().sum()
+                if facts.alibi:
+                    scores = scores - slope_by_hand(h, H) * torch.tensor([i - j for j in seen])
+                weights = scores.exp() / (scores.exp().sum() + (0 if sinks is None else sinks[h].exp()))
                 out[b, i, h] = sum(w * v[b, j, g] for w, j in zip(weights, seen, strict=True))
     return out
 
@@ -40,6 +60,8 @@ facts_strategy = st.builds(
     scale=st.sampled_from([None, 0.3]),
     window=st.sampled_from([None, 1, 3, 8, 100]),
     softcap=st.sampled_from([None, 2.0]),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
 )
 
 
@@ -55,20 +77,34 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], AttentionFacts, list[list[int]
 def test_reference_is_the_definition(case: tuple[list[Tensor], AttentionFacts, list[list[int]]]) -> None:
     qkv, facts, documents = case
     context = AttentionContext.packed(torch.tensor(documents), backend="reference")
-    torch.testing.assert_close(attend(*qkv, facts, context), by_hand(*qkv, facts, documents))
+    sinks = sink_logits(qkv[0].shape[2], facts)
+    torch.testing.assert_close(attend(*qkv, facts, context, *sinks), by_hand(*qkv, facts, documents, *sinks))
+
+
+def test_alibi_slopes_are_those_of_bloom_and_mpt() -> None:
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    mpt = pytest.importorskip("transformers.models.mpt.modeling_mpt")
+    for heads in range(1, 65):
+        slopes_H = alibi_slopes(heads)
+        mask_BS = torch.ones(1, 9)
+        theirs = bloom.build_alibi_tensor(mask_BS, heads, torch.float32)[:, 0]
+        torch.testing.assert_close(slopes_H[:, None] * torch.arange(9), theirs, rtol=1e-5, atol=0)
+        theirs = mpt.build_mpt_alibi_tensor(heads, 9)[:, 0]
+        torch.testing.assert_close(slopes_H[:, None] * torch.arange(-8, 1), theirs, rtol=1e-5, atol=0)
 
 
 def with_gradients(qkv: list[Tensor], facts: AttentionFacts, context: AttentionContext) -> list[Tensor]:
-    leaves = [t.clone().requires_grad_() for t in qkv]
-    out = attend(*leaves, facts, context)
+    leaves = [t.clone().requires_grad_() for t in (*qkv, *sink_logits(qkv[0].shape[2], facts))]
+    out = attend(*leaves[:3], facts, context, *leaves[3:])
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 64, 1000])
-def test_sdpa_equals_reference_with_gradients(window: int | None, packed: bool) -> None:
-    qkv, facts = tensors(2, 64, 4, 2, 8), AttentionFacts(window=window)
+@pytest.mark.parametrize(("alibi", "sinks"), [(False, False), (True, False), (False, True), (True, True)])
+def test_sdpa_equals_reference_with_gradients(alibi: bool, sinks: bool, window: int | None, packed: bool) -> None:
+    qkv, facts = tensors(2, 64, 6, 2, 8), AttentionFacts(window=window, alibi=alibi, sinks=sinks)
     documents_BS = (torch.arange(64) // 23).expand(2, 64)
     results = []
     for backend in ("sdpa", "reference"):
@@ -82,40 +118,67 @@ def test_sdpa_equals_reference_with_gradients(window: int | None, packed: bool) 
         torch.testing.assert_close(got, expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_sdpa_equals_reference_whatever_the_facts(case: tuple[list[Tensor], AttentionFacts, list[list[int]]]) -> None:
+    qkv, facts, documents = case
+    facts = replace(facts, softcap=None)
+    results = [
+        with_gradients(qkv, facts, AttentionContext.packed(torch.tensor(documents), backend=backend))
+        for backend in ("sdpa", "reference")
+    ]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([None, 1, 100, 128, 129, 300]),
     st.lists(st.integers(1, 200), min_size=1, max_size=6),
-    st.sampled_from([None, 3.0]),
+    st.sampled_from(
+        [{}, {"softcap": 3.0}, {"alibi": True}, {"sinks": True}, {"softcap": 3.0, "alibi": True, "sinks": True}]
+    ),
 )
-def test_flex_visits_every_chunk_that_matters(window: int | None, lengths: list[int], softcap: float | None) -> None:
+def test_flex_visits_every_chunk_that_matters(window: int | None, lengths: list[int], more: dict[str, Any]) -> None:
     S = sum(lengths)
     documents_BS = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-    facts = AttentionFacts(window=window, softcap=softcap)
+    facts = AttentionFacts(window=window, **more)
     context = AttentionContext.packed(documents_BS)
     dense = flex.block_mask(facts, context).to_dense()[0, 0].bool()
-    from treadle.attention.facts import visible
-
     seen = visible(facts, context, S)[0]
     for i in range(dense.shape[0]):
         for j in range(dense.shape[1]):
             chunk = seen[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
             assert dense[i, j] or not chunk.any(), (i, j)
-    qkv = [t.float() for t in tensors(1, S, 2, 1, 16)]
-    reference = attend(*qkv, facts, AttentionContext.packed(documents_BS, backend="reference"))
-    assert (flex.attend(*qkv, facts, context) - reference).abs().max() < 1e-5
+    qkv = [t.float() for t in tensors(1, S, 3, 1, 16)]
+    sinks = [t.float() for t in sink_logits(3, facts)]
+    reference = attend(*qkv, facts, AttentionContext.packed(documents_BS, backend="reference"), *sinks)
+    assert (flex.attend(*qkv, facts, context, *sinks) - reference).abs().max() < 1e-5
 
 
-def test_a_cache_gives_the_same_as_the_whole_row() -> None:
-    qkv, facts = tensors(2, 20, 4, 2, 8), AttentionFacts(window=6)
-    whole = attend(*qkv, facts, AttentionContext.causal(2, 20, backend="reference"))
+def test_flex_passes_gradients_to_sinks() -> None:
+    qkv, facts = [t.float() for t in tensors(1, 40, 3, 1, 16)], AttentionFacts(alibi=True, sinks=True)
+    gradients = []
+    for backend in (flex, BACKENDS["reference"]):
+        sinks_H = sink_logits(3, facts)[0].float().requires_grad_()
+        backend.attend(*qkv, facts, AttentionContext.causal(1, 40), sinks_H).square().sum().backward()
+        gradients.append(sinks_H.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("more", [{}, {"alibi": True, "sinks": True}])
+def test_a_cache_gives_the_same_as_the_whole_row(more: dict[str, Any], backend: str) -> None:
+    qkv, facts = tensors(2, 20, 4, 2, 8), AttentionFacts(window=6, **more)
+    sinks = sink_logits(4, facts)
+    whole = attend(*qkv, facts, AttentionContext.causal(2, 20, backend="reference"), *sinks)
     cache = LayerCache(2, 20, 2, 8, torch.float64, torch.device("cpu"))
     start, pieces = 0, []
     for size in (7, 1, 1, 11):
         q, k, v = (t[:, start : start + size] for t in qkv)
         positions_BS = torch.arange(start, start + size).expand(2, size)
-        context = AttentionContext(positions_BS, backend="sdpa", cache=cache)
-        pieces.append(attend(q, *cache.append(k, v), facts, context))
+        context = AttentionContext(positions_BS, backend=backend, cache=cache)
+        pieces.append(attend(q, *cache.append(k, v), facts, context, *sinks))
         start += size
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
     with pytest.raises(ValueError, match="holds 20 tokens"):
@@ -134,6 +197,9 @@ def test_a_named_backend_is_obeyed_or_refused() -> None:
         choose(q, AttentionFacts(), AttentionContext.causal(1, 4, backend="spda"))
     assert choose(q, AttentionFacts(), AttentionContext.causal(1, 4)) == "sdpa"
     assert choose(q, AttentionFacts(softcap=5.0), AttentionContext.causal(1, 4)) == "reference"
+    assert choose(q, AttentionFacts(alibi=True, sinks=True), AttentionContext.causal(1, 4)) == "sdpa"
+    with pytest.raises(ValueError, match=r"facts.sinks is True, sinks_H is missing"):
+        attend(q, q, q, AttentionFacts(sinks=True), AttentionContext.causal(1, 4))
     assert set(BACKENDS) == {"reference", "sdpa", "flash", "flex"}
 
 

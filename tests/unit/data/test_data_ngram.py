@@ -98,7 +98,7 @@ def test_one_model_measures_every_held_out_dataset(tmp_path: Path, monkeypatch: 
         [[bytes(d[:-1].tolist()) for d in dataset.each_document()] for dataset in side]
         for side in (data.train, data.validation.values())
     )
-    model = NgramModel(sum(training, []), 3)
+    model = NgramModel([text for texts in training for text in texts], 3)
     made: list[int] = []
     monkeypatch.setattr(ngram, "NgramModel", lambda *a: made.append(1) or NgramModel(*a))
     bits = ngram.ngram_bits_per_byte(data, 3)
