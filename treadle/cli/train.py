@@ -43,6 +43,8 @@ def train(
 
     changes = list(overrides or [])
     if resume is not None and recipe is not None:
+        if "=" not in str(recipe):
+            raise typer.BadParameter(f"'{recipe}': --resume takes the run's own recipe; leave it out")
         changes.insert(0, str(recipe))  # with --resume every argument is an override
         recipe = None
     if (recipe is None) == (resume is None):

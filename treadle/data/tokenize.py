@@ -184,10 +184,9 @@ def finished(tasks: Sequence[Task], workers: int) -> Iterator[Task]:
     stopping = context.Event()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(stopping,))
     try:
+        sent = [(user_files(task.source), pickle.dumps(task)) for task in tasks]
         with _without_main():
-            futures: list[Future[None]] = [
-                pool.submit(_run_in_worker, user_files(task.source), pickle.dumps(task)) for task in tasks
-            ]
+            futures: list[Future[None]] = [pool.submit(_run_in_worker, *each) for each in sent]
         for task, future in zip(tasks, futures, strict=True):
             future.result()
             yield task

@@ -54,8 +54,8 @@ class RecipeConfig(Config):
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig | None = Field(EvaluateConfig(), description="held-out text; null: none")
+    sample: SampleConfig | None = Field(SampleConfig(), description="text sampled on the way; null: none")
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -102,13 +102,15 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
             f"run {run.id}: {parameter_count(model):,} parameters on {device.type}, "
             f"{sum(dataset.tokens for dataset in data.train):,} training tokens",
             highlight=False,
+            soft_wrap=True,
         )
         train(config, run, state, loader, data, checkpointer, console)
         if state.step == config.training.steps:
             finish(config, run, model, data, console)
         else:
             run.finish("interrupted")
-            console.print(f"stopped at step {state.step}; go on with: treadle train --resume {run.folder}")
+            stopped = f"stopped at step {state.step}; go on with: treadle train --resume {run.folder}"
+            console.print(stopped, soft_wrap=True, highlight=False)
     return run.folder
 
 
@@ -127,25 +129,17 @@ def train(
     positions = training.batch_size * training.sequence_length
     metrics = callbacks.Metrics(run, training.log_every, positions, attended_length(config, data))
     progress = callbacks.ShowProgress(console, metrics)
-    evaluate = partial(log_evaluation, config, run, model, data)
-
-    def sample(step: int) -> None:
-        run.sample(step, config.sample.prompt, config.sample.draw(model, data.tokenizer, seed=step))
-
-    loop = Loop(
-        state,
-        training,
-        config.schedule,
-        partial(cross_entropy, z_loss=training.z_loss, attention=training.attention),
-        [
-            metrics,
-            progress,
-            callbacks.SaveCheckpoints(checkpointer, lambda step: {"model": spec, "data": loader.state(step)}),
-            callbacks.Every(config.evaluate.every, evaluate),
-            callbacks.Every(config.sample.every, sample),
-        ],
-        rescue=run.folder,
-    )
+    around: list[callbacks.Callback] = [
+        metrics,
+        progress,
+        callbacks.SaveCheckpoints(checkpointer, lambda step: {"model": spec, "data": loader.state(step)}),
+    ]
+    if config.evaluate is not None:
+        around.append(callbacks.Every(config.evaluate.every, partial(log_evaluation, config, run, model, data)))
+    if config.sample is not None:
+        around.append(callbacks.Every(config.sample.every, partial(log_sample, config.sample, run, model, data)))
+    loss = partial(cross_entropy, z_loss=training.z_loss, attention=training.attention)
+    loop = Loop(state, training, config.schedule, loss, around, rescue=run.folder)
     batches = loader.iterate_micro(training.rows, state.step, training.steps)
     try:
         loop.run(batches)
@@ -169,12 +163,16 @@ def log_evaluation(config: RecipeConfig, run: Run, model: Transformer, data: Pre
         held_out = Sequential(
             dataset,
             sequence_length=config.training.sequence_length,
-            batch_size=config.evaluate.batch_size or config.training.rows,
+            batch_size=(config.evaluate and config.evaluate.batch_size) or config.training.rows,
             isolate_documents=config.data.isolate_documents,
         )
         text_bytes = held_out.predicted_bytes(data.tokenizer.token_bytes())
         result = evaluate_perplexity(model, held_out, text_bytes, attention=config.training.attention)
         run.log(step, result.metrics(), kind=evaluation_kind(data, name))
+
+
+def log_sample(sample: SampleConfig, run: Run, model: Transformer, data: Prepared, step: int) -> None:
+    run.sample(step, sample.prompt, sample.draw(model, data.tokenizer, seed=step))
 
 
 def evaluation_kind(data: Prepared, name: str) -> str:
@@ -187,8 +185,18 @@ def finish(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, c
     data.tokenizer.save(folder / TOKENIZER)
     plot = plot_training(run.folder, run.folder / "training.png")
     console.rule(f"run {run.id}")
-    order = config.evaluate.ngram
-    baselines = ngram_bits_per_byte(data, order) if order else {}
+    if config.evaluate is not None:
+        summarise_evaluation(config.evaluate, run, data, console)
+    if config.sample is not None:
+        sample = load_samples(run.folder)[-1]
+        console.print(Panel(Text(sample["prompt"] + sample["text"]), title="sample", border_style="dim"))
+    more = f"weights {folder}\nplot    {plot}\nmore    treadle generate {run.folder}"
+    console.print(more, highlight=False, soft_wrap=True)
+
+
+def summarise_evaluation(config: EvaluateConfig, run: Run, data: Prepared, console: Console) -> None:
+    """The final score on each held-out dataset, beside the n-gram model's."""
+    baselines = ngram_bits_per_byte(data, config.ngram) if config.ngram else {}
     for name in data.validation:
         prefix = "" if len(data.validation) == 1 else f"{name}_"
         bits = load_metrics(run.folder, kind=evaluation_kind(data, name))["bits_per_byte"][-1]
@@ -196,7 +204,5 @@ def finish(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, c
         console.print(f"held-out {name}: [bold]{bits:.3f} bits per byte[/]", highlight=False)
         if name in baselines:
             run.summary(**{f"{prefix}ngram_bits_per_byte": baselines[name]})
-            console.print(f"  a byte {order}-gram model: {baselines[name]:.3f} bits per byte", highlight=False)
-    sample = load_samples(run.folder)[-1]
-    console.print(Panel(Text(sample["prompt"] + sample["text"]), title="sample", border_style="dim"))
-    console.print(f"weights {folder}\nplot    {plot}\nmore    treadle generate {run.folder}", highlight=False)
+            told = f"  a byte {config.ngram}-gram model: {baselines[name]:.3f} bits per byte"
+            console.print(told, highlight=False)

@@ -8,6 +8,7 @@ import torch
 
 import treadle
 from treadle.errors import ConfigError, TreadleError
+from treadle.tracking import load_samples
 
 RECIPE = """
 recipe: pretrain
@@ -87,3 +88,18 @@ def test_refused_before_a_run_is_made(recipe: Path, change: str, message: str) -
     with pytest.raises(ConfigError, match=message):
         treadle.run(recipe, [change])
     assert not Path("runs").exists()
+
+
+def test_evaluation_and_samples_can_be_switched_off(recipe: Path) -> None:
+    folder = treadle.run(recipe, ["evaluate=null", "sample=null"])
+    assert not load_samples(folder)
+    assert "evaluate" not in {json.loads(line)["kind"] for line in (folder / "metrics.jsonl").open()}
+
+
+def test_a_tied_model_comes_back_tied(recipe: Path) -> None:
+    folder = treadle.run(recipe, ["model.tied=true"])
+    model, _ = treadle.load(folder)
+    assert model.head.weight is model.embedding.weight
+    resumed = treadle.run(resume=folder, overrides=["training.steps=4"])
+    again, _ = treadle.load(resumed)
+    assert again.head.weight is again.embedding.weight
