@@ -21,7 +21,7 @@ CHUNK = 1 << 22  # elements hashed at once: bounds the scratch memory to a few h
 
 
 class InitConfig(Kind):
-    """How weights start. Norm weights start at one, biases at zero, whatever the kind."""
+    """How weights start. Norms start with a factor of one, biases at zero, whatever the kind."""
 
     def matrix_std(self, role: Role, inputs: int, depth: int) -> float:
         """Standard deviation of a matrix with this role and fan-in, in a stack of `depth` layers."""
@@ -68,7 +68,7 @@ def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int) -
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.ndim == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(1.0 - getattr(owner, "offset", 0.0))  # a norm starts as the plain one
         else:
             std = config.matrix_std(roles[name], parameter.shape[-1], depth)
             for part, values in _parts(name, owner, parameter):
