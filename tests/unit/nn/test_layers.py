@@ -152,7 +152,7 @@ def test_every_kind_starts_with_plain_norms_and_knows_its_roles(kind: str) -> No
         norm = {"kind": "rms", "offset": offset}
         config = resolve(TransformerConfig, {**plain, "layers": [{**one, "norm": norm}], "norm": norm})
         model = config.build().initialise(0)
-        assert set(parameter_roles(model).values()) == {"column", "row", "vocab", "norm", "replicate"}
+        assert set(parameter_roles(model).values()) == {"column", "row", "vocab", "norm"}
         norms[offset] = model(torch.arange(8)[None])
         assert all(p.eq(1.0 - offset).all() for n, p in model.named_parameters() if n.startswith("norm"))
     torch.testing.assert_close(norms[0.0], norms[1.0])
