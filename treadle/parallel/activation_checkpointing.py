@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import treadle.kernels.grouped_linear  # noqa: F401  defines the operator below
+
 Mode = Literal["none", "selective", "full"]
 
 # What is dear to recompute: attention in each of its forms. Matmuls are kept every other time.
@@ -18,7 +20,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
 }
-_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.treadle.grouped_linear.default}
 
 
 def apply_activation_checkpointing(layers: nn.ModuleDict, mode: Mode) -> None:

@@ -72,6 +72,15 @@ def test_what_does_not_fit_is_said() -> None:
     assert grouped_linear(x, weight, ends).shape == (20, 16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_are_what_the_compiler_needs(dtype: torch.dtype) -> None:
+    ends = torch.tensor([5, 5, 15, 18], dtype=torch.int32)
+    x, weight, _ = data(dtype)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.treadle.grouped_linear, (x, weight, ends, True), test_utils=tests)
+    grouped_linear(x, weight, ends, tail=True, implementation="grouped").sum().backward()  # a gradient of one number
+
+
 def test_pytorch_still_has_the_grouped_matmul() -> None:
     x, weight, _ = data(torch.float32)
     assert unsupported(x, weight) is None

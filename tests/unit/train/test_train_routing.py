@@ -115,7 +115,7 @@ def test_compiled_mixtures_have_no_break_and_share_a_graph() -> None:
     torch._dynamo.reset()
 
 
-def train(steps: int = 40, **options: Any) -> tuple[list[float], Transformer]:
+def train(steps: int = 60, **options: Any) -> tuple[list[float], Transformer]:
     """Imbalance at each step of a run whose router starts lopsided."""
     config: TrainingConfig = training_config(steps=steps, batch_size=8)
     state = make_state(config, AdamWConfig(lr=3e-3), layers=layers(repeat=1, **options))
@@ -148,9 +148,9 @@ def test_load_gets_even(options: dict[str, Any]) -> None:
     without, _ = train(balance_loss=0.0, router=options.get("router", "softmax"))
     balanced, model = train(**options)
     assert balanced[0] == without[0]
-    last = sum(balanced[-8:]) / 8
+    last, last_without = (sum(found[-8:]) / 8 for found in (balanced, without))
     assert last < 1.6
-    assert last < 0.7 * sum(without[-8:]) / 8
+    assert last - 1 < 0.5 * (last_without - 1)
     if "balance_bias" in options:
         (module,) = mixtures(model).values()
         assert module.router.balance_bias.abs().max() > 0.02
