@@ -14,7 +14,7 @@ from treadle.train.loop import Loop
 from treadle.train.losses import Loss, cross_entropy
 from treadle.train.muon import Muon, orthogonalise
 from treadle.train.optimizers import AdamWConfig, MuonConfig, SGDConfig
-from treadle.train.routing import mixtures
+from treadle.train.routing import balance, mixtures
 from treadle.train.schedules import ConstantConfig
 
 
@@ -110,7 +110,7 @@ def test_compiled_mixtures_have_no_break_and_share_a_graph() -> None:
     model = make_model(layers=layers(repeat=4, compute="grouped", balance_bias=0.001))
     compile_layers(model.layers, backend=count)  # type: ignore[arg-type]
     for _ in range(3):
-        run(model, 2)
+        forward_backward(model, make_loader().micro_batches(0, 2), cross_entropy)
     assert len(graphs) == 1
     torch._dynamo.reset()
 
@@ -157,19 +157,13 @@ def test_load_gets_even(options: dict[str, Any]) -> None:
 
 
 def test_bias_moves_by_its_rate_against_the_load() -> None:
-    from treadle.train.routing import balance
-
     model = make_model(layers=layers(balance_bias=0.25, router="sigmoid"))
-    result, _ = _run_with_frozen(model)
+    result = forward_backward(model, make_loader().micro_batches(0, 2), cross_entropy)
     balance(model, result.loads)
     for name, module in mixtures(model).items():
         counts = result.loads[name].counts_E
         expected = torch.where(counts > 16, -0.25, torch.where(counts < 16, 0.25, 0.0))
         torch.testing.assert_close(module.router.balance_bias.detach(), expected)
-
-
-def _run_with_frozen(model: Transformer) -> tuple[StepResult, None]:
-    return forward_backward(model, make_loader().micro_batches(0, 2), cross_entropy), None
 
 
 @pytest.mark.parametrize("optimizer", [MuonConfig(), AdamWConfig(), SGDConfig()], ids=lambda o: o.kind)
