@@ -148,7 +148,7 @@ def _add(tree: "Tree", label: str, path: str, module: "nn.Module", roles: dict[s
     text = Text.assemble((label, "bold"), "  ", (type(module).__name__, "cyan"))
     for name, parameter in own:
         shape = " × ".join(str(size) for size in parameter.shape)
-        title = "" if len(own) == 1 else f"{name} "
+        title = "" if name == "weight" else f"{name} "
         # A tied weight is listed under its first name alone.
         text.append(f"  {title}[{shape}] {roles.get(f'{path}.{name}', 'shared')}")
     text.append(_facts(module, length))

@@ -1,7 +1,6 @@
 """Activation checkpointing: trade recomputation in the backward for memory (Chen et al. 2016, arXiv:1604.06174)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,7 +34,16 @@ def apply_activation_checkpointing(layers: nn.ModuleDict, mode: Mode) -> None:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if mode == "selective":
             options["context_fn"] = _selective_contexts
-        layer.forward = partial(checkpoint, layer.forward, **options)
+        layer.forward = _recomputed(layer.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A function of its own and no functools.partial: the compiler starts at a Python frame that is not PyTorch's, and
+    # inside `checkpoint` it is switched off, so that a partial would leave the layer uncompiled without a word.
+    def recomputed(*args: Any) -> Any:
+        return checkpoint(forward, *args, **options)
+
+    return recomputed
 
 
 def _selective_contexts() -> tuple[Any, Any]:
