@@ -94,8 +94,17 @@ class Transformer(nn.Module):
         )
         self.norm = config.norm.build(config.dim)
         self.head = Head(config.vocab_size, config.dim, config.softcap)
-        if config.tied:
+        self.tie()
+
+    def tie(self) -> None:
+        if self.config.tied:
             self.head.weight = self.embedding.weight
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> "Transformer":
+        """As in PyTorch, which would leave a tied model with two weights when it comes from the meta device."""
+        super().to_empty(device=device, recurse=recurse)
+        self.tie()
+        return self
 
     def forward(self, tokens_BS: Tensor, context: AttentionContext | None = None) -> Tensor:
         """Scores for the next token at each position.  tokens_BS -> logits_BSV in the compute dtype"""

@@ -16,6 +16,7 @@ from treadle.nn.config import FeedForwardConfig, MixerConfig, NormConfig
 from treadle.nn.init import fill_normal
 from treadle.nn.position import RopeConfig
 from treadle.nn.roles import parameter_roles
+from treadle.nn.store import build_meta, load_model, save_model
 from treadle.nn.transformer import TransformerConfig
 
 
@@ -141,6 +142,15 @@ def test_weights_follow_from_seed_and_name_alone() -> None:
         if parameter.ndim == 2:
             assert not torch.equal(parameter, dict(other.named_parameters())[name])
     assert torch.equal(small.embedding.weight, tied.embedding.weight)
+
+
+def test_a_tied_model_stays_tied_when_it_leaves_the_meta_device(tmp_path: Path) -> None:
+    model = build_meta(resolve(TransformerConfig, spec(tied=True))).to_empty(device="cpu").initialise(0)
+    assert model.head.weight is model.embedding.weight
+    loaded = load_model(save_model(model, tmp_path))
+    assert loaded.head.weight is loaded.embedding.weight
+    tokens = torch.arange(8)[None]
+    assert torch.equal(loaded(tokens), model(tokens))
 
 
 def test_stacked_projections_start_as_if_apart() -> None:

@@ -8,9 +8,10 @@ from train_zoo import gradients, make_loader, make_model, make_state, training_c
 
 from treadle.nn.transformer import Transformer
 from treadle.parallel.compile import compile_layers
-from treadle.train.config import TrainingConfig
+from treadle.train.checkpoint import Checkpointer
+from treadle.train.config import CheckpointConfig, TrainingConfig
 from treadle.train.forward_backward import StepResult, forward_backward
-from treadle.train.loop import Loop
+from treadle.train.loop import Callback, Loop
 from treadle.train.losses import Loss, cross_entropy
 from treadle.train.muon import Muon, orthogonalise
 from treadle.train.optimizers import AdamWConfig, MuonConfig, SGDConfig
@@ -125,13 +126,11 @@ def train(steps: int = 60, **options: Any) -> tuple[list[float], Transformer]:
             module.router.gate.weight.mul_(4)
     found: list[float] = []
 
-    class Watch:
-        def start(self, loop: Loop) -> None: ...
-        def stop(self, loop: Loop) -> None: ...
+    class Watch(Callback):
         def step(self, loop: Loop, record: Any) -> None:
             found.append(record.metrics["expert_imbalance_max"])
 
-    loop = Loop(state, config, ConstantConfig(), cross_entropy, [Watch()])  # type: ignore[list-item]
+    loop = Loop(state, config, ConstantConfig(), cross_entropy, [Watch()])
     loop.run(make_loader(8).iterate_micro(4, 0, steps))
     return found, state.model
 
@@ -192,3 +191,31 @@ def test_muon_steps_each_expert_and_part_by_itself() -> None:
     assert values.shape == (5, 8)
     assert values.min() > 0.5
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("optimizer", [MuonConfig(lr=0.01), AdamWConfig(lr=0.01)], ids=lambda o: o.kind)
+def test_going_on_from_a_checkpoint_is_exact(tmp_path: Any, optimizer: Any) -> None:
+    options = layers(balance_bias=0.1, router="sigmoid")
+    losses: list[float] = []
+
+    class Record(Callback):
+        def step(self, loop: Loop, record: Any) -> None:
+            losses.append(record.loss)
+
+    def go(state: Any, steps: int) -> None:
+        loop = Loop(state, training_config(steps=steps), ConstantConfig(), cross_entropy, [Record()])
+        loop.run(make_loader().micro_batches(step, 2) for step in range(state.step, steps))
+
+    go(make_state(training_config(), optimizer, layers=options), 6)
+    expected = losses.copy()
+    losses.clear()
+    state = make_state(training_config(), optimizer, layers=options)
+    go(state, 3)
+    Checkpointer(tmp_path, CheckpointConfig()).save(state, {}, wait=True)
+    fresh = make_state(training_config(), optimizer, layers=options)
+    for parameter in fresh.model.parameters():
+        parameter.data.fill_(7.0)
+    Checkpointer(tmp_path, CheckpointConfig()).load(fresh, 3)
+    assert fresh.model.layers["0"].feedforward.router.balance_bias.any()
+    go(fresh, 6)
+    assert losses == expected
