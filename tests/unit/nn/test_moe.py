@@ -102,7 +102,7 @@ def test_rows_are_sorted_and_found_again() -> None:
     order, _, counts, kept = sort_rows(experts_TK, 4, 2)
     assert (counts.tolist(), kept.tolist()) == ([3, 1, 4, 0], [2, 1, 2, 0])
     # Token 3's first choice of expert 0 goes before token 0's second; the third and fourth wish for expert 2 are late.
-    assert order.tolist() == [3, 4, 5, 0, 1, 6, 2, 7] or sorted(order[-3:].tolist()) == [2, 6, 7]
+    assert order.tolist() == [3, 4, 5, 0, 1, 6, 2, 7]
 
 
 def test_bias_moves_the_choice_but_not_the_weight() -> None:
