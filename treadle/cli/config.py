@@ -57,7 +57,7 @@ def keys(
         listed = [key for key in listed if grep.lower() in " ".join(key).lower()]
     if not listed:
         raise ConfigError(f"no key matches '{grep or where}'; `treadle config keys` lists all")
-    _print_table(Key._fields, [tuple(key) for key in listed])
+    print_table(Key._fields, [tuple(key) for key in listed])
 
 
 @app.command()
@@ -74,7 +74,7 @@ def diff(
         typer.echo("no difference")
         return
     right = " ".join([str(b or a), *(override or [])])
-    _print_table(("key", str(a), right), [(key, _show(x), _show(y)) for key, x, y in rows])
+    print_table(("key", str(a), right), [(key, _show(x), _show(y)) for key, x, y in rows])
 
 
 def _load(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _show(value: Any) -> str:
     return repr(value) if value is ABSENT else quote(value)
 
 
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """One row per line; on a terminal too narrow for that, each key on a line of its own. Keys are for copying."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (columns, *rows)]

@@ -1,12 +1,20 @@
 """Layers of the stack: how a mixer and a feed-forward are put around the residual stream.
 
+Each kind is the line of its docstring, with f the mixer and then the feed-forward:
+
+    pre_norm        x + f(norm(x))
+    post_norm       norm(x + f(x))
+    reordered_norm  x + norm(f(x))
+    sandwich        x + norm(f(norm(x)))
+    parallel        x + mixer(norm(x)) + feedforward(norm(x))
+
 B batch, S sequence, D model dim.
 """
 
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from treadle.attention import AttentionContext
@@ -14,34 +22,151 @@ from treadle.nn.config import FeedForwardConfig, LayerConfig, MixerConfig, NormC
 from treadle.nn.norm import RMSNormConfig
 
 
-class PreNormConfig(LayerConfig):
-    """x + mixer(norm(x)), then x + feedforward(norm(x)) (Xiong et al. 2020, arXiv:2002.04745)."""
+class ResidualLayerConfig(LayerConfig):
+    """What the kinds of layers below share."""
 
-    kind: Literal["pre_norm"] = "pre_norm"
     mixer: MixerConfig
     feedforward: FeedForwardConfig
-    norm: NormConfig = Field(RMSNormConfig(), description="the norm before each of the two")
+    norm: NormConfig = Field(RMSNormConfig(), description="every norm of the layer that is on the model dim")
+    residual_scale: PositiveFloat = Field(
+        1.0, description="factor on what mixer and feed-forward each add to the residual stream (Granite)"
+    )
 
     def problems(self, dim: int) -> Iterator[tuple[str, str]]:
         for name, part in (("mixer", self.mixer), ("feedforward", self.feedforward)):
             yield from ((f"{name}.{key}", message) for key, message in part.problems(dim))
 
 
+def add(x_BSD: Tensor, y_BSD: Tensor, scale: float) -> Tensor:
+    return x_BSD + (y_BSD if scale == 1.0 else scale * y_BSD)
+
+
+class PreNormConfig(ResidualLayerConfig):
+    """x + mixer(norm(x)), then x + feedforward(norm(x)) (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    kind: Literal["pre_norm"] = "pre_norm"
+
+
 class PreNorm(nn.Module):
-    """A pre-norm layer.  x_BSD -> y_BSD"""
+    """A pre-norm layer: GPT-2, Llama, Qwen, Mixtral, DeepSeek.  x_BSD -> y_BSD"""
 
     roles: dict[str, str] = {}
 
     def __init__(self, config: PreNormConfig, dim: int, max_length: int):
         super().__init__()
+        self.scale = config.residual_scale
         self.mixer_norm = config.norm.build(dim)
         self.mixer = config.mixer.build(dim, max_length)
         self.feedforward_norm = config.norm.build(dim)
         self.feedforward = config.feedforward.build(dim)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
-        x_BSD = x_BSD + self.mixer(self.mixer_norm(x_BSD), context)
-        return x_BSD + self.feedforward(self.feedforward_norm(x_BSD))
+        x_BSD = add(x_BSD, self.mixer(self.mixer_norm(x_BSD), context), self.scale)
+        return add(x_BSD, self.feedforward(self.feedforward_norm(x_BSD)), self.scale)
+
+
+class PostNormConfig(ResidualLayerConfig):
+    """norm(x + mixer(x)), then norm(x + feedforward(x)): the residual stream itself is normed (arXiv:1706.03762)."""
+
+    kind: Literal["post_norm"] = "post_norm"
+
+
+class PostNorm(nn.Module):
+    """The original transformer's layer: BERT, GPT-1. Needs a warm-up of the learning rate.  x_BSD -> y_BSD"""
+
+    roles: dict[str, str] = {}
+
+    def __init__(self, config: PostNormConfig, dim: int, max_length: int):
+        super().__init__()
+        self.scale = config.residual_scale
+        self.mixer_norm = config.norm.build(dim)
+        self.mixer = config.mixer.build(dim, max_length)
+        self.feedforward_norm = config.norm.build(dim)
+        self.feedforward = config.feedforward.build(dim)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
+        x_BSD = self.mixer_norm(add(x_BSD, self.mixer(x_BSD, context), self.scale))
+        return self.feedforward_norm(add(x_BSD, self.feedforward(x_BSD), self.scale))
+
+
+class ReorderedNormConfig(ResidualLayerConfig):
+    """x + norm(mixer(x)), then x + norm(feedforward(x)): what is added is normed (OLMo 2, arXiv:2501.00656)."""
+
+    kind: Literal["reordered_norm"] = "reordered_norm"
+
+
+class ReorderedNorm(nn.Module):
+    """OLMo 2's and Swin v2's (arXiv:2111.09883) layer: the residual stream is never normed.  x_BSD -> y_BSD"""
+
+    roles: dict[str, str] = {}
+
+    def __init__(self, config: ReorderedNormConfig, dim: int, max_length: int):
+        super().__init__()
+        self.scale = config.residual_scale
+        self.mixer_norm = config.norm.build(dim)
+        self.mixer = config.mixer.build(dim, max_length)
+        self.feedforward_norm = config.norm.build(dim)
+        self.feedforward = config.feedforward.build(dim)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
+        x_BSD = add(x_BSD, self.mixer_norm(self.mixer(x_BSD, context)), self.scale)
+        return add(x_BSD, self.feedforward_norm(self.feedforward(x_BSD)), self.scale)
+
+
+class SandwichConfig(ResidualLayerConfig):
+    """x + norm(mixer(norm(x))), then x + norm(feedforward(norm(x))) (CogView, arXiv:2105.13290; Gemma 2 and 3)."""
+
+    kind: Literal["sandwich"] = "sandwich"
+
+
+class Sandwich(nn.Module):
+    """A norm before and after each of the two, four in all.  x_BSD -> y_BSD"""
+
+    roles: dict[str, str] = {}
+
+    def __init__(self, config: SandwichConfig, dim: int, max_length: int):
+        super().__init__()
+        self.scale = config.residual_scale
+        self.mixer_norm = config.norm.build(dim)
+        self.mixer = config.mixer.build(dim, max_length)
+        self.mixer_output_norm = config.norm.build(dim)
+        self.feedforward_norm = config.norm.build(dim)
+        self.feedforward = config.feedforward.build(dim)
+        self.feedforward_output_norm = config.norm.build(dim)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
+        x_BSD = add(x_BSD, self.mixer_output_norm(self.mixer(self.mixer_norm(x_BSD), context)), self.scale)
+        return add(x_BSD, self.feedforward_output_norm(self.feedforward(self.feedforward_norm(x_BSD))), self.scale)
+
+
+class ParallelConfig(ResidualLayerConfig):
+    """x + mixer(norm(x)) + feedforward(norm(x)): both read the same input (GPT-J; PaLM, arXiv:2204.02311)."""
+
+    kind: Literal["parallel"] = "parallel"
+    shared_norm: bool = Field(
+        True, description="one norm for both (GPT-J, Falcon, Phi, Cohere); false: one each (GPT-NeoX)"
+    )
+
+
+class Parallel(nn.Module):
+    """Mixer and feed-forward side by side.  x_BSD -> y_BSD"""
+
+    roles: dict[str, str] = {}
+
+    def __init__(self, config: ParallelConfig, dim: int, max_length: int):
+        super().__init__()
+        self.scale = config.residual_scale
+        self.mixer_norm = config.norm.build(dim)
+        self.mixer = config.mixer.build(dim, max_length)
+        self.feedforward = config.feedforward.build(dim)
+        self.feedforward_norm = None if config.shared_norm else config.norm.build(dim)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
+        normed_BSD = self.mixer_norm(x_BSD)
+        mixed_BSD = self.mixer(normed_BSD, context)
+        if self.feedforward_norm is not None:
+            normed_BSD = self.feedforward_norm(x_BSD)
+        return add(x_BSD, mixed_BSD + self.feedforward(normed_BSD), self.scale)
 
 
 class CycleConfig(LayerConfig):

@@ -56,6 +56,14 @@ class FeedForwardConfig(Buildable, Kind):
         yield from ()
 
 
+class RouterConfig(Buildable, Kind):
+    """Sends tokens to experts. Builds with (dim, experts, top_k, biased=)."""
+
+    def problems(self, experts: int, top_k: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible with this number of experts."""
+        yield from ()
+
+
 class LayerConfig(Buildable, Kind):
     """One entry of the stack: a layer, or a pattern of layers. Builds one layer with (dim, max_length)."""
 

@@ -8,13 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from treadle.nn.linear import Linear
+from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.transformer import Head
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, shared ones once."""
+    """Parameters, shared ones once, all experts of a mixture."""
     return sum(p.numel() for p in model.parameters())
+
+
+def active_parameter_count(model: nn.Module) -> int:
+    """Parameters that one token meets: of a mixture's experts only as many as are chosen."""
+    grouped = [module for module in model.modules() if isinstance(module, GroupedLinear)]
+    return parameter_count(model) - sum(m.weight.numel() - m.active_elements() for m in grouped)
 
 
 def forward_flops(model: nn.Module, length: float) -> float:
@@ -24,6 +30,8 @@ def forward_flops(model: nn.Module, length: float) -> float:
     for module in model.modules():
         if isinstance(module, Linear | Head):
             total += 2 * module.weight.numel()
+        if isinstance(module, GroupedLinear):
+            total += 2 * module.active_elements()
         if hasattr(module, "mixing_flops"):
             total += module.mixing_flops(length)
     return total

@@ -14,14 +14,14 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from treadle.config import Kind
-from treadle.nn.linear import Linear
+from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.roles import Role, parameter_roles
 
 CHUNK = 1 << 22  # elements hashed at once: bounds the scratch memory to a few hundred MB at most
 
 
 class InitConfig(Kind):
-    """How weights start. Norm weights start at one, biases and other vectors over output features at zero."""
+    """How weights start. Norms start with a factor of one; biases and other vectors over output features at zero."""
 
     def matrix_std(self, role: Role, inputs: int, depth: int) -> float:
         """Standard deviation of a matrix with this role and fan-in, in a stack of `depth` layers."""
@@ -65,22 +65,27 @@ def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int) -
         if name.endswith("bias") or (parameter.ndim == 1 and roles[name] == "column"):
             parameter.zero_()
         elif parameter.ndim == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(1.0 - getattr(owner, "offset", 0.0))  # a norm starts as the plain one
         else:
-            std = config.matrix_std(roles[name], parameter.shape[-1], depth)
+            role: Role = owner.alone if isinstance(owner, GroupedLinear) else roles[name]
+            std = config.matrix_std(role, parameter.shape[-1], depth)
             for part, values in _parts(name, owner, parameter):
                 fill_normal(values, std, seed=seed, name=part)
 
 
 def _parts(name: str, owner: nn.Module, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The stacked projections of a Linear, each under a name of its own; any other parameter whole."""
-    parts = owner.parts if isinstance(owner, Linear) else {}
-    if not parts:
-        yield name, parameter
-        return
+    """Each expert, and the stacked projections of a Linear, under a name of its own; any other parameter whole."""
     path, leaf = name.rpartition(".")[::2]
-    for part, values in zip(parts, parameter.split(list(parts.values())), strict=True):
-        yield f"{path}.{part}.{leaf}", values
+    matrices = {path: parameter}
+    if isinstance(owner, GroupedLinear):
+        matrices = {f"{path}.{expert}": matrix for expert, matrix in enumerate(parameter)}
+    parts = owner.parts if isinstance(owner, Linear | GroupedLinear) else {}
+    for prefix, matrix in matrices.items():
+        if not parts:
+            yield f"{prefix}.{leaf}" if prefix else leaf, matrix
+            continue
+        for part, values in zip(parts, matrix.split(list(parts.values())), strict=True):
+            yield f"{prefix}.{part}.{leaf}", values
 
 
 def fill_normal(values: Tensor, std: float, *, seed: int, name: str) -> None:

@@ -1,13 +1,16 @@
 """The linear layer and the embedding: fp32 master weights, computed in the dtype of what flows through them.
 
-V vocabulary, D model dim.
+V vocabulary, D model dim, E experts, N rows, I inputs, O outputs.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from treadle.kernels.grouped_linear import Implementation, grouped_linear
 
 
 class Linear(nn.Module):
@@ -35,6 +38,42 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         parts = f", parts={self.parts}" if self.parts else ""
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, bias={self.bias is not None}{parts}"
+
+
+class GroupedLinear(nn.Module):
+    """One Linear per expert, on rows that are sorted by expert.  x_NI, ends_E -> y_NO
+
+    active: how many of the experts a token meets (for the FLOPs count).
+    parts: as in Linear, of each expert. Initialisation and Muon treat every part of every expert by itself.
+    alone: the role that each expert's matrix would have if it stood alone.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        inputs: int,
+        outputs: int,
+        *,
+        active: int,
+        alone: Literal["column", "row"],
+        parts: Sequence[str] = (),
+        implementation: Implementation = "auto",
+    ):
+        super().__init__()
+        self.active, self.alone, self.implementation = active, alone, implementation
+        self.parts: dict[str, int] = {name: outputs // len(parts) for name in parts}
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+
+    def forward(self, x_NI: Tensor, ends_E: Tensor, *, tail: bool = False) -> Tensor:
+        """See `treadle.kernels.grouped_linear`."""
+        return grouped_linear(x_NI, self.weight.to(x_NI.dtype), ends_E, tail=tail, implementation=self.implementation)
+
+    def active_elements(self) -> int:
+        return self.weight.numel() // self.weight.shape[0] * self.active
+
+    def extra_repr(self) -> str:
+        experts, outputs, inputs = self.weight.shape
+        return f"{experts} x ({inputs} -> {outputs}), {self.active} active"
 
 
 class Embedding(nn.Module):

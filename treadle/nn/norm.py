@@ -15,20 +15,22 @@ class RMSNormConfig(NormConfig):
 
     kind: Literal["rms"] = "rms"
     eps: PositiveFloat = Field(1e-5, description="added to the mean square")
+    offset: float = Field(0.0, description="added to the weight; 1: the stored weight starts at zero (Gemma)")
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 from x and the weight in x's dtype.  x_..D -> y_..D"""
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32 but for the weight, which has x's dtype."""
 
     roles = {"weight": "norm"}
 
     def __init__(self, config: RMSNormConfig, dim: int):
         super().__init__()
-        self.eps = config.eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.offset = config.eps, config.offset
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight if self.offset == 0.0 else self.weight + self.offset
+        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
 
 
 class LayerNormConfig(NormConfig):

@@ -7,8 +7,9 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 # column: output features may be split; row: input features may be split, the output joins the residual stream;
-# vocab: rows are tokens; norm: a vector over features; replicate: whole everywhere.
-Role = Literal["column", "row", "vocab", "norm", "replicate"]
+# vocab: rows are tokens; norm: a vector over features; expert: the first dimension counts experts, which may
+# live apart; replicate: whole everywhere.
+Role = Literal["column", "row", "vocab", "norm", "expert", "replicate"]
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:

@@ -1,12 +1,13 @@
 """Activation checkpointing: trade recomputation in the backward for memory (Chen et al. 2016, arXiv:1604.06174)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import treadle.kernels.grouped_linear  # noqa: F401  defines the operator below
 
 Mode = Literal["none", "selective", "full"]
 
@@ -18,7 +19,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
 }
-_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.treadle.grouped_linear.default}
 
 
 def apply_activation_checkpointing(layers: nn.ModuleDict, mode: Mode) -> None:
@@ -33,7 +34,16 @@ def apply_activation_checkpointing(layers: nn.ModuleDict, mode: Mode) -> None:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if mode == "selective":
             options["context_fn"] = _selective_contexts
-        layer.forward = partial(checkpoint, layer.forward, **options)
+        layer.forward = _recomputed(layer.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A function of its own and no functools.partial: the compiler starts at a Python frame that is not PyTorch's, and
+    # inside `checkpoint` it is switched off, so that a partial would leave the layer uncompiled without a word.
+    def recomputed(*args: Any) -> Any:
+        return checkpoint(forward, *args, **options)
+
+    return recomputed
 
 
 def _selective_contexts() -> tuple[Any, Any]:

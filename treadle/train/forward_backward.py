@@ -1,7 +1,7 @@
 """One step's forward and backward over a batch, in micro-batches. Every recipe goes through here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from treadle.data.packing import Batch
 from treadle.nn.transformer import Transformer
 from treadle.train.losses import LossFunction
+from treadle.train.routing import Load, load_metrics, observed
 from treadle.train.timing import Stopwatch
 
 
@@ -17,11 +18,13 @@ class StepResult:
     """Means over the batch's valid tokens, scalars on the device (reading one waits).
 
     loss: without penalties. metrics: what the loss function logs, and its penalties, by name.
+    loads: rows per expert of each mixture of experts, by name.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     tokens: int
+    loads: dict[str, Load] = field(default_factory=dict)
 
 
 def forward_backward(
@@ -34,6 +37,7 @@ def forward_backward(
 ) -> StepResult:
     """Add the gradient of sum(loss) / valid tokens, over all micro-batches of a step, to the parameters' `.grad`.
 
+    Mixtures of experts add the gradient of their own losses, which `loss` does not count (`treadle.train.routing`).
     loss_scale multiplies the gradient only (fp16). Raises ValueError when no token at all counts.
     """
     watch = watch or Stopwatch("cpu")
@@ -43,13 +47,16 @@ def forward_backward(
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     sums: dict[str, Tensor] = {}
-    for batch in batches:
-        batch = batch.to(device, non_blocking=True)
-        with watch("forward"):
-            loss = loss_function(model, batch)
-        with watch("backward"):
-            (loss.total * (loss_scale / tokens)).backward()
-        total = total + loss.total.detach() - sum(loss.penalties.values())
-        for name, value in (loss.metrics | loss.penalties).items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
-    return StepResult(total / tokens, {name: value / tokens for name, value in sums.items()}, tokens)
+    positions = sum(batch.tokens_BS.numel() for batch in batches)
+    with observed(model, positions, loss_scale) as loads:
+        for batch in batches:
+            batch = batch.to(device, non_blocking=True)
+            with watch("forward"):
+                loss = loss_function(model, batch)
+            with watch("backward"):
+                (loss.total * (loss_scale / tokens)).backward()
+            total = total + loss.total.detach() - sum(loss.penalties.values())
+            for name, value in (loss.metrics | loss.penalties).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
+    metrics = {name: value / tokens for name, value in sums.items()}
+    return StepResult(total / tokens, metrics | load_metrics(loads), tokens, loads)

@@ -20,6 +20,7 @@ from treadle.errors import TrainingError
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
 from treadle.train.losses import LossFunction
+from treadle.train.routing import balance
 from treadle.train.schedules import ScheduleConfig
 from treadle.train.state import TrainState
 from treadle.train.timing import Stopwatch
@@ -117,6 +118,7 @@ class Loop:
                     nn.utils.clip_grads_with_norm_(state.model.parameters(), self.config.clip_norm, norm)
                 for optimizer in state.optimizers.optimizers:
                     state.scaler.step(optimizer)
+                balance(state.model, result.loads)
             state.scaler.update()
             state.optimizers.zero_grad()
         state.step += 1

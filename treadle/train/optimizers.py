@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from treadle.config import Kind
-from treadle.nn.linear import Linear
+from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.roles import parameter_roles
 from treadle.train.muon import Muon
 
@@ -34,7 +34,7 @@ class AdamWConfig(OptimizerConfig):
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
 
     def build(self, model: nn.Module) -> "Optimizers":
-        return Optimizers([self.for_parameters(dict(model.named_parameters()))])
+        return Optimizers([self.for_parameters(trainable(model))])
 
     def for_parameters(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         groups = list(_decay_groups(parameters, self.weight_decay))
@@ -58,13 +58,13 @@ class MuonConfig(OptimizerConfig):
         roles, modules = parameter_roles(model), dict(model.named_modules())
         matrices: dict[str, nn.Parameter] = {}
         rest: dict[str, nn.Parameter] = {}
-        for name, parameter in model.named_parameters():
-            inside = roles[name] in ("column", "row") and parameter.ndim == 2
+        for name, parameter in trainable(model).items():
+            inside = (roles[name] in ("column", "row") and parameter.ndim == 2) or roles[name] == "expert"
             (matrices if inside else rest)[name] = parameter
         groups = []
         for name, parameter in matrices.items():
             owner = modules[name.rpartition(".")[0]]
-            parts = tuple(owner.parts.values()) if isinstance(owner, Linear) else ()
+            parts = tuple(owner.parts.values()) if isinstance(owner, Linear | GroupedLinear) else ()
             groups.append({"params": [parameter], "parts": parts})
         muon = Muon(groups, self.lr, self.weight_decay, self.momentum, self.nesterov, self.iterations)
         adamw = AdamWConfig(lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
@@ -80,8 +80,13 @@ class SGDConfig(OptimizerConfig):
     nesterov: bool = Field(False, description="Nesterov momentum")
 
     def build(self, model: nn.Module) -> "Optimizers":
-        groups = list(_decay_groups(dict(model.named_parameters()), self.weight_decay))
+        groups = list(_decay_groups(trainable(model), self.weight_decay))
         return Optimizers([torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)])
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that have a gradient; a balancing bias, say, is moved by other means."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _decay_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> Iterator[dict[str, object]]:

@@ -96,14 +96,16 @@ def test_compiled_layers_equal_eager_ones(mode):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_equal_layers_share_one_compiled_function():
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_layers_share_one_compiled_function(mode):
     frames = []
 
     def count(graph, inputs):
         frames.append(graph)
         return graph.forward
 
-    deep = make_model(layers=[make_model().config.layers[0].model_copy(update={"repeat": 6})])
+    layers = [make_model().config.layers[0].model_copy(update={"repeat": 6})]
+    deep = model_with(mode, layers=layers)
     compile_layers(deep.layers, backend=count)  # type: ignore[arg-type]
     batch = make_loader().batch(0)
     with torch.no_grad():

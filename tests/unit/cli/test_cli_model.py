@@ -1,0 +1,74 @@
+"""`treadle model`: the numbers that a reader would work out by hand."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from treadle import cli
+
+SPEC = """
+dim: 16
+vocab_size: 64
+max_length: 32
+layers:
+  - kind: cycle
+    repeat: 2
+    layers:
+      - {kind: pre_norm, repeat: 2, mixer: {kind: attention, heads: 4, window: 8}, feedforward: {kind: dense, dim: 24}}
+      - {kind: sandwich, mixer: {kind: attention, heads: 4, kv_heads: 2}, feedforward: {kind: gated, dim: 24}}
+"""
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, ["model", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    path = tmp_path / "model.yaml"
+    path.write_text(SPEC)
+    return str(path)
+
+
+def test_show_folds_equal_layers_and_counts(spec: str) -> None:
+    shown = run("show", spec)
+    lines = shown.splitlines()
+    local, whole = 2 * 16 + 4 * 16 * 16 + 2 * 16 * 24, 4 * 16 + 3 * 16 * 16 + 3 * 16 * 24
+    assert f"{4 * local + 2 * whole + 2 * 64 * 16 + 16:,} parameters" in lines[0]
+    assert f"{4 * 32 + 2 * 16} cache" in lines[0]
+    (folded,) = [line for line in lines if "layers 0-1, 3-4 (4 equal, each)" in line]
+    # Two FLOPs for each of its matrices' elements, and 4 x 16 for each of the 8 tokens that a query sees.
+    assert f"{local:,} parameters" in folded
+    assert f"{(2 * (local - 32) + 4 * 16 * 8) / 1000:.3g} k FLOPs" in folded
+    assert any("layers 2, 5 (2 equal, each)  Sandwich" in line for line in lines)
+    assert any("qkv  Linear  [48 × 16] column" in line for line in lines)
+    assert sum("mixer_norm" in line for line in lines) == 2
+
+
+def test_show_takes_recipes_overrides_and_length() -> None:
+    quickstart = str(Path(__file__).parents[3] / "recipes/quickstart.yaml")
+    shown = run("show", quickstart, "preset=null", "model.dim=96", "--length", "100")
+    assert "[4096 × 96] vocab" in shown, "the vocabulary is the tokenizer's"
+    assert "length of 100" in shown
+    assert "head  Head  [4096 × 96] shared" in shown, "it is tied"
+
+
+def test_diff_shows_keys_and_costs(spec: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(SPEC.replace("vocab_size: 64", "vocab_size: 128"))
+    lines = [line.split() for line in run("diff", spec, str(other)).splitlines()]
+    assert ["vocab_size", "64", "128"] in lines
+    assert {line[0] for line in lines[1:]} == {"vocab_size", "parameters", "FLOPs"}
+    assert run("diff", spec, spec) == "no difference\n"
+
+
+def test_a_model_without_vocabulary_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(SPEC.replace("vocab_size: 64\n", ""))
+    result = CliRunner().invoke(cli.app, ["model", "show", str(path)])
+    assert result.exit_code == 2
+    assert "vocab_size: not set" in result.output
+    assert "[64 × 16]" in run("show", str(path), "vocab_size=64")

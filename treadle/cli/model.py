@@ -1,0 +1,171 @@
+"""`treadle model`: what an architecture is made of and what it costs, without building it in memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from treadle.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+    from torch import nn
+
+    from treadle.nn.transformer import Transformer, TransformerConfig
+
+app = typer.Typer(no_args_is_help=True, help="Show what a model is made of and what it costs; compare two.")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for the file they go with.")
+]
+Length = Annotated[int | None, typer.Option("--length", help="Sequence length for FLOPs. Default: max_length.")]
+
+
+@app.command()
+def show(
+    spec: Annotated[Path, typer.Argument(help="Recipe, model spec or run folder.", show_default=False)],
+    overrides: Overrides = None,
+    length: Length = None,
+) -> None:
+    """Print the modules with shapes, roles, parameters and FLOPs per token; equal layers are shown once."""
+    from rich.console import Console
+
+    model = _build(_load(spec, overrides or []))
+    length = length or model.config.max_length
+    console = Console()
+    if not console.is_terminal:
+        console.width = 400  # a file has no edge to wrap at
+    console.print(_tree(model, length))
+    console.print(
+        f"Per token: forward FLOPs at a length of {length:,} (causal), numbers kept in the cache.", highlight=False
+    )
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="Recipe, model spec or run folder.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="The other one.", show_default=False)],
+    length: Length = None,
+) -> None:
+    """Show in which keys and in which costs two models differ."""
+    from treadle.cli.config import print_table
+    from treadle.config import diff as differences
+    from treadle.config.words import quote
+
+    left, right = (_build(_load(path, [])) for path in (a, b))
+    costs = [_costs(model, length or model.config.max_length) for model in (left, right)]
+    rows = [(name, costs[0][name], costs[1][name]) for name in costs[0] if costs[0][name] != costs[1][name]]
+    keys = [(key, _quoted(x, quote), _quoted(y, quote)) for key, x, y in differences(left.config, right.config)]
+    if not keys:
+        typer.echo("no difference")
+        return
+    print_table(("", str(a), str(b)), [*keys, *rows])
+
+
+def _quoted(value: Any, quote: Any) -> str:
+    from treadle.config.show import ABSENT
+
+    return repr(value) if value is ABSENT else str(quote(value))
+
+
+def _load(path: Path, overrides: list[str]) -> "TransformerConfig":
+    """The model section of a recipe, a spec by itself, or the model of a run folder."""
+    from treadle import recipes
+    from treadle.config import read_yaml, resolve
+    from treadle.nn.transformer import TransformerConfig
+    from treadle.train.setup import with_vocabulary
+
+    if path.is_dir():
+        inside = [path / name for name in ("model.yaml", "final/model.yaml", "config.yaml") if (path / name).is_file()]
+        if not inside:
+            raise ConfigError(f"{path}: holds no model.yaml, final/model.yaml or config.yaml")
+        path = inside[0]
+    if "model" not in read_yaml(path):
+        return resolve(TransformerConfig, path, overrides)
+    recipe: Any = recipes.load(path, overrides)
+    size = getattr(getattr(getattr(recipe, "data", None), "tokenizer", None), "vocab_size", None)
+    config: TransformerConfig = recipe.model
+    return config if size is None or config.vocab_size is not None else with_vocabulary(config, size)
+
+
+def _build(config: "TransformerConfig") -> "Transformer":
+    from treadle.nn.store import build_meta
+
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size: not set, and the tokenizer's size is not known here; override it")
+    return build_meta(config)
+
+
+def _costs(model: "nn.Module", length: int) -> dict[str, str]:
+    from treadle.nn import flops
+
+    total, active = flops.parameter_count(model), flops.active_parameter_count(model)
+    return {
+        "parameters": f"{total:,}",
+        "active": f"{active:,}" if active != total else "",
+        "FLOPs": _short(flops.forward_flops(model, length)),
+        "cache": f"{flops.cache_elements(model):,}",
+    }
+
+
+def _tree(model: "Transformer", length: int) -> "Tree":
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from treadle.nn.roles import parameter_roles
+
+    roles: dict[str, str] = dict(parameter_roles(model))
+    root = Tree(Text.assemble(("model", "bold"), f"  dim {model.config.dim}", _facts(model, length)))
+    for name, module in model.named_children():
+        if name != "layers":
+            _add(root, name, name, module, roles, length)
+            continue
+        for label, index in _folded(model.config):
+            _add(root, label, f"layers.{index}", model.layers[str(index)], roles, length)
+    return root
+
+
+def _folded(config: "TransformerConfig") -> Iterator[tuple[str, int]]:
+    """('layers 0-4, 6-10 (10 equal)', 0): a name for each set of equal layers, and the first of them."""
+    layers = config.expand()
+    left = list(range(len(layers)))
+    while left:
+        same = [index for index in left if layers[index] == layers[left[0]]]
+        ends = [i for i in same if i + 1 not in same]
+        begins = [i for i in same if i - 1 not in same]
+        ranges = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(begins, ends, strict=True))
+        many = f" ({len(same)} equal, each)" if len(same) > 1 else ""
+        yield f"layer{'s' if len(same) > 1 else ''} {ranges}{many}", same[0]
+        left = [index for index in left if index not in same]
+
+
+def _add(tree: "Tree", label: str, path: str, module: "nn.Module", roles: dict[str, str], length: int) -> None:
+    """A module with what it costs; below it its children, or beside it the shapes of its own parameters."""
+    from rich.text import Text
+
+    own = [(name, parameter) for name, parameter in module.named_parameters(recurse=False)]
+    text = Text.assemble((label, "bold"), "  ", (type(module).__name__, "cyan"))
+    for name, parameter in own:
+        shape = " × ".join(str(size) for size in parameter.shape)
+        title = "" if name == "weight" else f"{name} "
+        # A tied weight is listed under its first name alone.
+        text.append(f"  {title}[{shape}] {roles.get(f'{path}.{name}', 'shared')}")
+    text.append(_facts(module, length))
+    branch = tree.add(text)
+    for name, child in module.named_children():
+        if next(child.parameters(), None) is not None:
+            _add(branch, name, f"{path}.{name}", child, roles, length)
+
+
+def _facts(module: "nn.Module", length: int) -> str:
+    return "".join(f"   {value} {name}" for name, value in _costs(module, length).items() if value not in ("", "0"))
+
+
+def _short(value: float) -> str:
+    """1.23 G; plain below a thousand."""
+    for unit in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"

@@ -1,0 +1,105 @@
+"""Mixtures of experts in training: their own losses, what is measured of their load, and the balancing bias.
+
+A mixture's losses join the gradient inside the layer's own backward (see `treadle.nn.moe.Observation`), weighted so
+that the whole objective is
+
+    sum(loss) / valid tokens  +  sum over layers of weight * sum(layer's loss) / positions
+
+The logged `loss` stays the first term, comparable with a dense model's; the others are logged beside it.
+E experts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from treadle.nn.moe import MoE, Observation
+
+
+@dataclass(frozen=True)
+class Load:
+    """One layer's load over a step. counts_E: rows that chose each expert, fp32. dropped: rows beyond the capacity.
+
+    balance_loss, z_loss: means over positions, without their weights.
+    """
+
+    counts_E: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+    dropped: Tensor
+
+    @property
+    def share_E(self) -> Tensor:
+        """Part of all rows that chose each expert."""
+        return self.counts_E / self.counts_E.sum()
+
+    @property
+    def imbalance(self) -> Tensor:
+        """The busiest expert's load over the mean: 1 is even."""
+        return self.counts_E.max() / self.counts_E.mean()
+
+    @property
+    def dropped_share(self) -> Tensor:
+        return self.dropped / self.counts_E.sum()
+
+
+def mixtures(model: nn.Module) -> dict[str, MoE]:
+    """The mixtures of a model (or of one pipeline stage of it) by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+@contextmanager
+def observed(model: nn.Module, positions: int, loss_scale: float | Tensor = 1.0) -> Iterator[dict[str, Load]]:
+    """While open, each backward through the model adds the mixtures' losses and records their load.
+
+    positions: tokens that will pass through the model, over all micro-batches (and ranks) of the step.
+    The dictionary is empty until the end, then it holds each mixture's load of this process's backwards, by name.
+    """
+    found, loads = mixtures(model), dict[str, Load]()
+    for module in found.values():
+        device = module.down.weight.device
+        scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device) / positions
+        record_R = torch.zeros(module.experts + 3, device=device, requires_grad=True)
+        module.observation = Observation(scale, record_R)
+    try:
+        yield loads
+        for name, module in found.items():
+            assert module.observation is not None
+            record = module.observation.record_R.grad
+            if record is not None:  # else no backward reached it
+                balance, z, dropped = record[-3:].unbind()
+                loads[name] = Load(record[:-3], balance / positions, z / positions, dropped)
+    finally:
+        for module in found.values():
+            module.observation = None
+
+
+def load_metrics(loads: dict[str, Load]) -> dict[str, Tensor]:
+    """What to log of a step's loads: means over layers, and the worst layer's imbalance. Empty without mixtures."""
+    if not loads:
+        return {}
+    each = list(loads.values())
+    imbalance = torch.stack([load.imbalance for load in each])
+    return {
+        "balance_loss": torch.stack([load.balance_loss for load in each]).mean(),
+        "router_z_loss": torch.stack([load.z_loss for load in each]).mean(),
+        "expert_imbalance": imbalance.mean(),
+        "expert_imbalance_max": imbalance.max(),
+        "dropped": torch.stack([load.dropped_share for load in each]).mean(),
+    }
+
+
+@torch.no_grad()
+def balance(model: nn.Module, loads: dict[str, Load]) -> None:
+    """Once per optimizer step: raise the bias of experts with less than the mean load, lower the others' (2408.15664).
+
+    loads: of the whole step; where several ranks hold the model, add up their counts first.
+    """
+    for name, module in mixtures(model).items():
+        bias, rate = module.router.balance_bias, module.bias_rate
+        if bias is not None and rate is not None and name in loads:
+            counts_E = loads[name].counts_E
+            bias.add_(torch.sign(counts_E.mean() - counts_E), alpha=rate)
