@@ -6,11 +6,29 @@ from pathlib import Path
 import yaml
 
 from treadle.config import resolve
-from treadle.nn.config import FeedForwardConfig, LayerConfig, MixerConfig, NormConfig, PositionConfig, RouterConfig
+from treadle.nn.config import (
+    AbsolutePositionConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    MixerConfig,
+    NormConfig,
+    PositionConfig,
+    RouterConfig,
+)
+from treadle.nn.rope_scaling import RopeScalingConfig
 from treadle.nn.transformer import TransformerConfig
 
 PAGE = (Path(__file__).parents[3] / "docs/blocks.md").read_text()
-FAMILIES = (LayerConfig, MixerConfig, FeedForwardConfig, NormConfig, PositionConfig, RouterConfig)
+FAMILIES = (
+    LayerConfig,
+    MixerConfig,
+    FeedForwardConfig,
+    NormConfig,
+    PositionConfig,
+    AbsolutePositionConfig,
+    RopeScalingConfig,
+    RouterConfig,
+)
 DENSE = {"kind": "dense", "dim": 8}
 ATTENTION = {"kind": "attention", "heads": 32}
 
@@ -37,6 +55,8 @@ def test_every_line_of_yaml_is_a_model() -> None:
             layer = {**block, "layers": [plain]}
         elif kind in ours(LayerConfig):
             layer = {**plain, **block}
+        elif kind in ours(PositionConfig):
+            layer = {**plain, "mixer": {**ATTENTION, "position": block}}
         else:
             families = {"mixer": MixerConfig, "feedforward": FeedForwardConfig, "norm": NormConfig}
             (part,) = [part for part, family in families.items() if kind in ours(family)]
