@@ -42,7 +42,8 @@ CASES = {
 
 
 def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    """Error over the exact norm; over one where that is smaller (a window of one token has no gradient at all)."""
+    return float((got.double() - exact).norm() / exact.norm().clamp(min=1.0))
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [((8, 8), 64), ((8, 2), 64), ((4, 1), 128)])

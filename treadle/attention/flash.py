@@ -16,9 +16,6 @@ from treadle.attention.facts import AttentionFacts
 # torch 2.13 asks for enable_gqa, 2.11 takes fewer key-value heads as they are.
 _HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-# In torch 2.11 the backward is computed with the default scale whatever the forward's was: silently wrong gradients.
-_BACKWARD_KNOWS_SCALE = "scale" in str(torch.ops.torch_attn._varlen_attn_backward.default._schema)
-
 
 def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
     if q_BSHK.device.type != "cuda":
@@ -31,8 +28,6 @@ def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
         return "it has no ALiBi"
     if facts.sinks:
         return "it has no sinks"
-    if facts.scale is not None and not _BACKWARD_KNOWS_SCALE:
-        return "its backward ignores a scale in this version of PyTorch; 2.13 mends it"
     if context.cache is not None:
         return "it reads no cache"
     if context.documents_BS is not None and context.cumulative_lengths_N is None:
