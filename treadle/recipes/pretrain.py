@@ -166,7 +166,8 @@ def log_evaluation(config: RecipeConfig, run: Run, model: Transformer, data: Pre
             batch_size=(config.evaluate and config.evaluate.batch_size) or config.training.rows,
             isolate_documents=config.data.isolate_documents,
         )
-        text_bytes = held_out.predicted_bytes(data.tokenizer.token_bytes())
+        tokenizer = data.tokenizer
+        text_bytes = held_out.predicted_bytes(tokenizer.token_bytes(), tokenizer.token_bytes(opening=True))
         result = evaluate_perplexity(model, held_out, text_bytes, attention=config.training.attention)
         run.log(step, result.metrics(), kind=evaluation_kind(data, name))
 

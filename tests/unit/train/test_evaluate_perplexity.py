@@ -27,14 +27,13 @@ def held_out(texts, vocabulary, isolate_documents, sequence_length=8):
 
 @pytest.mark.parametrize("isolate_documents", [True, False])
 def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token(isolate_documents):
-    """Each document is its bytes and an end. Where documents are apart, their first byte is given, not predicted."""
+    """Each document is its bytes and an end, and the end opens the next: only the stream's first byte is given."""
     model = make_model(vocab_size=TOKENIZER.vocab_size)
     model.head.weight.data.zero_()
     texts = [np.array([*text.encode(), TOKENIZER.eos_id]) for text in TEXTS]
     data = held_out(texts, TOKENIZER.vocab_size, isolate_documents)
     lengths = [len(text.encode()) for text in TEXTS]
-    given = len(TEXTS) if isolate_documents else 1
-    tokens, text_bytes = sum(lengths) + len(TEXTS) - given, sum(lengths) - given
+    tokens, text_bytes = sum(lengths) + len(TEXTS) - 1, sum(lengths) - 1
     result = evaluate_perplexity(model, data, data.predicted_bytes(TOKENIZER.token_bytes()))
     assert (result.tokens, result.bytes) == (tokens, text_bytes)
     assert result.loss == pytest.approx(math.log(257), rel=1e-6)
@@ -46,7 +45,7 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token(isolate_doc
 def naive(model, texts, sequence_length, isolate_documents):
     """Nats and tokens: every stretch that can see itself goes through the model alone, in rows of the stream."""
     stream = np.concatenate(texts)
-    number = np.concatenate([np.full(len(text), i) for i, text in enumerate(texts)])
+    number = np.concatenate([np.append(np.full(len(text) - 1, i), i + 1) for i, text in enumerate(texts)])
     nats, tokens = 0.0, 0
     for start in range(0, len(stream) - 1, sequence_length):
         row = np.arange(start, min(start + sequence_length, len(stream) - 1))
@@ -54,9 +53,8 @@ def naive(model, texts, sequence_length, isolate_documents):
         for group in groups:
             logits = model(torch.from_numpy(stream[group].astype(np.int64))[None])[0]
             for place, scores in zip(group, logits, strict=True):
-                if not isolate_documents or number[place] == number[place + 1]:
-                    nats -= F.log_softmax(scores.double(), -1)[int(stream[place + 1])].item()
-                    tokens += 1
+                nats -= F.log_softmax(scores.double(), -1)[int(stream[place + 1])].item()
+                tokens += 1
     return nats, tokens
 
 
