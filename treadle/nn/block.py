@@ -37,8 +37,21 @@ class ResidualLayerConfig(LayerConfig):
             yield from ((f"{name}.{key}", message) for key, message in part.problems(dim))
 
 
-def add(x_BSD: Tensor, y_BSD: Tensor, scale: float) -> Tensor:
-    return x_BSD + (y_BSD if scale == 1.0 else scale * y_BSD)
+class ResidualLayer(nn.Module):
+    """The parts that the kinds below put around the residual stream, each in its own `forward`."""
+
+    roles: dict[str, str] = {}
+
+    def __init__(self, config: ResidualLayerConfig, dim: int, max_length: int):
+        super().__init__()
+        self.scale = config.residual_scale
+        self.mixer_norm = config.norm.build(dim)
+        self.mixer = config.mixer.build(dim, max_length)
+        self.feedforward_norm = config.norm.build(dim)
+        self.feedforward = config.feedforward.build(dim)
+
+    def add(self, x_BSD: Tensor, y_BSD: Tensor) -> Tensor:
+        return x_BSD + (y_BSD if self.scale == 1.0 else self.scale * y_BSD)
 
 
 class PreNormConfig(ResidualLayerConfig):
@@ -47,22 +60,12 @@ class PreNormConfig(ResidualLayerConfig):
     kind: Literal["pre_norm"] = "pre_norm"
 
 
-class PreNorm(nn.Module):
+class PreNorm(ResidualLayer):
     """A pre-norm layer: GPT-2, Llama, Qwen, Mixtral, DeepSeek.  x_BSD -> y_BSD"""
 
-    roles: dict[str, str] = {}
-
-    def __init__(self, config: PreNormConfig, dim: int, max_length: int):
-        super().__init__()
-        self.scale = config.residual_scale
-        self.mixer_norm = config.norm.build(dim)
-        self.mixer = config.mixer.build(dim, max_length)
-        self.feedforward_norm = config.norm.build(dim)
-        self.feedforward = config.feedforward.build(dim)
-
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
-        x_BSD = add(x_BSD, self.mixer(self.mixer_norm(x_BSD), context), self.scale)
-        return add(x_BSD, self.feedforward(self.feedforward_norm(x_BSD)), self.scale)
+        x_BSD = self.add(x_BSD, self.mixer(self.mixer_norm(x_BSD), context))
+        return self.add(x_BSD, self.feedforward(self.feedforward_norm(x_BSD)))
 
 
 class PostNormConfig(ResidualLayerConfig):
@@ -71,22 +74,12 @@ class PostNormConfig(ResidualLayerConfig):
     kind: Literal["post_norm"] = "post_norm"
 
 
-class PostNorm(nn.Module):
+class PostNorm(ResidualLayer):
     """The original transformer's layer: BERT, GPT-1. Needs a warm-up of the learning rate.  x_BSD -> y_BSD"""
 
-    roles: dict[str, str] = {}
-
-    def __init__(self, config: PostNormConfig, dim: int, max_length: int):
-        super().__init__()
-        self.scale = config.residual_scale
-        self.mixer_norm = config.norm.build(dim)
-        self.mixer = config.mixer.build(dim, max_length)
-        self.feedforward_norm = config.norm.build(dim)
-        self.feedforward = config.feedforward.build(dim)
-
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
-        x_BSD = self.mixer_norm(add(x_BSD, self.mixer(x_BSD, context), self.scale))
-        return self.feedforward_norm(add(x_BSD, self.feedforward(x_BSD), self.scale))
+        x_BSD = self.mixer_norm(self.add(x_BSD, self.mixer(x_BSD, context)))
+        return self.feedforward_norm(self.add(x_BSD, self.feedforward(x_BSD)))
 
 
 class ReorderedNormConfig(ResidualLayerConfig):
@@ -95,22 +88,12 @@ class ReorderedNormConfig(ResidualLayerConfig):
     kind: Literal["reordered_norm"] = "reordered_norm"
 
 
-class ReorderedNorm(nn.Module):
+class ReorderedNorm(ResidualLayer):
     """OLMo 2's and Swin v2's (arXiv:2111.09883) layer: the residual stream is never normed.  x_BSD -> y_BSD"""
 
-    roles: dict[str, str] = {}
-
-    def __init__(self, config: ReorderedNormConfig, dim: int, max_length: int):
-        super().__init__()
-        self.scale = config.residual_scale
-        self.mixer_norm = config.norm.build(dim)
-        self.mixer = config.mixer.build(dim, max_length)
-        self.feedforward_norm = config.norm.build(dim)
-        self.feedforward = config.feedforward.build(dim)
-
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
-        x_BSD = add(x_BSD, self.mixer_norm(self.mixer(x_BSD, context)), self.scale)
-        return add(x_BSD, self.feedforward_norm(self.feedforward(x_BSD)), self.scale)
+        x_BSD = self.add(x_BSD, self.mixer_norm(self.mixer(x_BSD, context)))
+        return self.add(x_BSD, self.feedforward_norm(self.feedforward(x_BSD)))
 
 
 class SandwichConfig(ResidualLayerConfig):
@@ -119,24 +102,17 @@ class SandwichConfig(ResidualLayerConfig):
     kind: Literal["sandwich"] = "sandwich"
 
 
-class Sandwich(nn.Module):
+class Sandwich(ResidualLayer):
     """A norm before and after each of the two, four in all.  x_BSD -> y_BSD"""
 
-    roles: dict[str, str] = {}
-
     def __init__(self, config: SandwichConfig, dim: int, max_length: int):
-        super().__init__()
-        self.scale = config.residual_scale
-        self.mixer_norm = config.norm.build(dim)
-        self.mixer = config.mixer.build(dim, max_length)
+        super().__init__(config, dim, max_length)
         self.mixer_output_norm = config.norm.build(dim)
-        self.feedforward_norm = config.norm.build(dim)
-        self.feedforward = config.feedforward.build(dim)
         self.feedforward_output_norm = config.norm.build(dim)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
-        x_BSD = add(x_BSD, self.mixer_output_norm(self.mixer(self.mixer_norm(x_BSD), context)), self.scale)
-        return add(x_BSD, self.feedforward_output_norm(self.feedforward(self.feedforward_norm(x_BSD))), self.scale)
+        x_BSD = self.add(x_BSD, self.mixer_output_norm(self.mixer(self.mixer_norm(x_BSD), context)))
+        return self.add(x_BSD, self.feedforward_output_norm(self.feedforward(self.feedforward_norm(x_BSD))))
 
 
 class ParallelConfig(ResidualLayerConfig):
@@ -148,25 +124,20 @@ class ParallelConfig(ResidualLayerConfig):
     )
 
 
-class Parallel(nn.Module):
+class Parallel(ResidualLayer):
     """Mixer and feed-forward side by side.  x_BSD -> y_BSD"""
 
-    roles: dict[str, str] = {}
-
     def __init__(self, config: ParallelConfig, dim: int, max_length: int):
-        super().__init__()
-        self.scale = config.residual_scale
-        self.mixer_norm = config.norm.build(dim)
-        self.mixer = config.mixer.build(dim, max_length)
-        self.feedforward = config.feedforward.build(dim)
-        self.feedforward_norm = None if config.shared_norm else config.norm.build(dim)
+        super().__init__(config, dim, max_length)
+        if config.shared_norm:
+            self.feedforward_norm = None
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
         normed_BSD = self.mixer_norm(x_BSD)
         mixed_BSD = self.mixer(normed_BSD, context)
         if self.feedforward_norm is not None:
             normed_BSD = self.feedforward_norm(x_BSD)
-        return add(x_BSD, mixed_BSD + self.feedforward(normed_BSD), self.scale)
+        return self.add(x_BSD, mixed_BSD + self.feedforward(normed_BSD))
 
 
 class CycleConfig(LayerConfig):

@@ -1,5 +1,6 @@
 """Pretraining: from text to a language model."""
 
+import logging
 import operator
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ from treadle.train.resume import check_resume
 from treadle.train.schedules import CosineConfig, ScheduleConfig
 from treadle.train.setup import build_model, build_state, find_device, with_vocabulary
 from treadle.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class RecipeConfig(Config):
@@ -96,6 +99,8 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
         checkpointer = Checkpointer(run.folder / CHECKPOINTS, config.checkpoint)
         if step is not None:
             checkpointer.load(state, step)
+        elif resume is not None:
+            logger.warning("no complete checkpoint in %s: starting from step 0", checkpointer.folder)
         run.accept_config(yaml)  # only now: a refused resume leaves the run's own configuration
         data.tokenizer.save(run.folder / TOKENIZER)
         console.print(

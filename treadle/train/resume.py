@@ -1,6 +1,5 @@
 """Going on with a run: its latest checkpoint, if model and data are the ones it was made with."""
 
-import logging
 from typing import Any
 
 from treadle.config import diff, resolve, to_dict
@@ -8,8 +7,6 @@ from treadle.data.loader import Loader
 from treadle.errors import CheckpointError
 from treadle.nn.transformer import TransformerConfig
 from treadle.train.checkpoint import Checkpointer
-
-logger = logging.getLogger(__name__)
 
 
 def check_resume(checkpointer: Checkpointer, loader: Loader, spec: TransformerConfig, end: int) -> int | None:
@@ -20,7 +17,6 @@ def check_resume(checkpointer: Checkpointer, loader: Loader, spec: TransformerCo
     """
     steps = checkpointer.steps()
     if not steps:
-        logger.warning("no complete checkpoint in %s: starting from step 0", checkpointer.folder)
         return None
     step, facts = steps[-1], checkpointer.facts(steps[-1])
     changes = diff(_architecture(resolve(TransformerConfig, facts["model"])), _architecture(spec))

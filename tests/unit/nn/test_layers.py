@@ -118,7 +118,7 @@ def test_post_norm_is_the_original_formula() -> None:
     for parameter in ours.parameters():
         nn.init.normal_(parameter)
     x, context = torch.randn(2, 5, 16, dtype=torch.float64), AttentionContext.causal(2, 5)
-    tables = {ours.mixer.position.key: ours.mixer.position.tables(context.positions_BS)}
+    tables = {ours.mixer.position.key: ours.mixer.position.tables(context)}
     context.tables.update(tables)
 
     def norm(values: Tensor, block: nn.Module) -> Tensor:

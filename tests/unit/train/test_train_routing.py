@@ -116,13 +116,13 @@ def test_compiled_mixtures_have_no_break_and_share_a_graph() -> None:
     torch._dynamo.reset()
 
 
-def train(steps: int = 60, **options: Any) -> tuple[list[float], Transformer]:
+def train(steps: int = 120, **options: Any) -> tuple[list[float], Transformer]:
     """Imbalance at each step of a run whose router starts lopsided."""
     config: TrainingConfig = training_config(steps=steps, batch_size=8)
     state = make_state(config, AdamWConfig(lr=3e-3), layers=layers(repeat=1, **options))
     with torch.no_grad():
         for module in mixtures(state.model).values():
-            module.router.gate.weight[:2] += 0.2 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).abs()
+            module.router.gate.weight[:2] += 0.5 * torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).abs()
             module.router.gate.weight.mul_(4)
     found: list[float] = []
 
