@@ -188,10 +188,12 @@ def test_a_file_that_changes_meanwhile_is_noticed(
 
 
 PROGRAM = """
+import signal
 import sys
 from treadle.data.config import DataConfig
 from treadle.data.prepare import prepare
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     prepare(DataConfig.model_validate_json(sys.argv[1]), progress=False)
 """
 
@@ -201,7 +203,7 @@ def test_an_interrupted_preparation_is_never_taken_for_whole(tmp_path: Path, how
     (tmp_path / "program.py").write_text(PROGRAM)
     rng = np.random.default_rng(0)
     for i in range(12):
-        (tmp_path / f"{i}.txt").write_bytes(rng.integers(97, 123, 20_000_000, dtype=np.uint8).tobytes())
+        (tmp_path / f"{i}.txt").write_bytes(rng.integers(97, 123, 5_000_000, dtype=np.uint8).tobytes())
     source = {"kind": "text", "paths": str(tmp_path / "*.txt")}
     settings = config(tmp_path, sources=[source], held_out=0, workers=2, cache=tmp_path / "cache")
     command = [sys.executable, str(tmp_path / "program.py"), settings.model_dump_json()]
@@ -214,7 +216,7 @@ def test_an_interrupted_preparation_is_never_taken_for_whole(tmp_path: Path, how
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, how) if how == signal.SIGINT else process.kill()
     process.communicate(timeout=60)
-    assert process.returncode != 0, "it had ended before it was interrupted: give it more to do"
+    assert process.returncode != 0
     assert psutil.wait_procs(workers, timeout=20)[1] == []  # they do not outlive it
 
     folders = [path for path in (tmp_path / "cache/tokens").iterdir() if path.is_dir()]
@@ -224,7 +226,7 @@ def test_an_interrupted_preparation_is_never_taken_for_whole(tmp_path: Path, how
         pytest.fail(f"{manifest} makes half of the data look whole")
 
     data = prepare(settings, progress=False)
-    assert (data.train[0].documents, data.train[0].bytes) == (12, 240_000_000)
+    assert (data.train[0].documents, data.train[0].bytes) == (12, 60_000_000)
     data.train[0].verify()
     assert not list(tmp_path.glob("cache/tokens/*.partial"))
 
