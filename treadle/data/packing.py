@@ -15,8 +15,8 @@ from torch import Tensor
 
 from treadle.attention.context import AttentionContext
 from treadle.data.dataset import TokenDataset
+from treadle.kernels.linear_cross_entropy import IGNORED
 
-IGNORED = -100  # the target that no loss counts, as in torch's cross_entropy
 LEAST_BOUNDARIES = 64
 
 

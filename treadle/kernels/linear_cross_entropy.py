@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, autograd
 
-IGNORED = -100
+IGNORED = -100  # the target that no loss counts, as in torch's cross_entropy
 # Logits of a chunk. On a GPU large enough for the matmuls to run at full speed (1 GiB in bf16), on a CPU small enough
 # for the chain of elementwise passes to stay in cache.
 CHUNK_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 20}

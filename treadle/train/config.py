@@ -6,9 +6,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from treadle.config import Config
 from treadle.config.base import key_error
+from treadle.parallel.activation_checkpointing import Mode
 
 Precision = Literal["bf16", "fp16", "fp32"]
-ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class TrainingConfig(Config):
@@ -22,7 +22,7 @@ class TrainingConfig(Config):
     clip_norm: PositiveFloat | None = Field(1.0, description="scale gradients down to this global norm; null: never")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log partition function")
     attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = Field("auto", description="attention backend")
-    activation_checkpointing: ActivationCheckpointing = Field(
+    activation_checkpointing: Mode = Field(
         "none", description="recompute layers in the backward: none, selective (keeps every other matmul), full"
     )
     compile: bool = Field(True, description="torch.compile each layer")

@@ -32,11 +32,10 @@ class TrainState:
     def tensors(self) -> dict[str, Any]:
         """The state as nested tensors, aliasing the live ones (parameters by name, shared ones once)."""
         optimizer = get_optimizer_state_dict(self.model, self.optimizers.optimizers, options=_FLAT)
-        state: dict[str, Any] = {
+        return {
             "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
             "optimizer": {key: value for key, value in optimizer.items() if isinstance(value, Tensor)},
         }
-        return state
 
     def restore(self, tensors: dict[str, Any]) -> None:
         """Take over what a checkpoint held. Parameters were loaded in place; the rest is set here."""
