@@ -1,8 +1,8 @@
 """Attention: the context that a model is called with, and the backends behind it."""
 
-from treadle.attention.cache import Cache, LayerCache
+from treadle.attention.cache import Cache, TokenCache
 from treadle.attention.context import AttentionContext
 from treadle.attention.dispatch import BACKENDS, attend, choose
 from treadle.attention.facts import AttentionFacts
 
-__all__ = ["BACKENDS", "AttentionContext", "AttentionFacts", "Cache", "LayerCache", "attend", "choose"]
+__all__ = ["BACKENDS", "AttentionContext", "AttentionFacts", "Cache", "TokenCache", "attend", "choose"]

@@ -1,39 +1,45 @@
-"""The state that a model keeps between calls in inference: one layer's part is whatever its mixer declares.
+"""The state that a model keeps between calls in inference. Each mixer makes its own layer's part (`make_cache`).
 
-B batch, S new tokens, T cached tokens, G key-value heads, K head dim.
+B batch, S new tokens, T cached tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class LayerCache:
-    """Keys and values of one attention layer, in one contiguous buffer per row; all rows hold the same length."""
+class TokenCache:
+    """What a layer keeps of every token, keys and values say: one buffer each, of all rows' same length."""
 
     def __init__(
-        self, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        capacity: int,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device | str,
     ):
-        self.k_BTGK = torch.zeros(batch, capacity, kv_heads, head_dim, dtype=dtype, device=device)
-        self.v_BTGK = torch.zeros_like(self.k_BTGK)
-        self.length = 0
+        """shapes: of one token's part of each buffer."""
+        self.capacity, self.length = capacity, 0
+        self.buffers = [torch.zeros(batch, capacity, *shape, dtype=dtype, device=device) for shape in shapes]
 
-    def append(self, k_BSGK: Tensor, v_BSGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values; return all that are stored, oldest first."""
-        start, self.length = self.length, self.length + k_BSGK.shape[1]
-        if self.length > self.k_BTGK.shape[1]:
-            raise ValueError(f"the cache holds {self.k_BTGK.shape[1]} tokens, {self.length} are needed")
-        self.k_BTGK[:, start : self.length] = k_BSGK
-        self.v_BTGK[:, start : self.length] = v_BSGK
-        return self.k_BTGK[:, : self.length], self.v_BTGK[:, : self.length]
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Store the new tokens' tensors [B, S, ...]; return all that are stored [B, T, ...], oldest first."""
+        start, self.length = self.length, self.length + new[0].shape[1]
+        if self.length > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {self.length} are needed")
+        for buffer, tensor in zip(self.buffers, new, strict=True):
+            buffer[:, start : self.length] = tensor
+        return tuple(buffer[:, : self.length] for buffer in self.buffers)
 
 
 class Cache:
     """The caches of all layers of a model, indexed by the layer's number."""
 
-    def __init__(self, layers: Sequence[LayerCache]):
+    def __init__(self, layers: Sequence[Any]):
         self.layers = list(layers)
 
-    def __getitem__(self, layer: int) -> LayerCache:
+    def __getitem__(self, layer: int) -> Any:
         return self.layers[layer]

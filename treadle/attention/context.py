@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from treadle.attention.cache import Cache, LayerCache
+from treadle.attention.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class AttentionContext:
         repeats of B*S, so that its length can stay fixed from batch to batch. Variable-length kernels read it.
     max_length: an upper bound on the length of a document, in tokens (static).
     backend: the attention backend's name, or "auto" for the measured choice (static).
-    cache: keys, values or states of earlier tokens, in inference.
+    cache: what the model keeps of earlier tokens, in inference; as a mixer sees it, what its own `make_cache` made.
     tables: tensors that many layers derive from the positions (RoPE's cos and sin), computed once per forward, by key.
     """
 
@@ -36,7 +36,7 @@ class AttentionContext:
     cumulative_lengths_N: Tensor | None = None
     max_length: int | None = None
     backend: str = "auto"
-    cache: Cache | LayerCache | None = None
+    cache: Any = None
     tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from treadle.attention import AttentionContext, AttentionFacts, LayerCache, attend
+from treadle.attention import AttentionContext, AttentionFacts, TokenCache, attend
 from treadle.config.base import key_error
 from treadle.nn.config import MixerConfig, NormConfig, PositionConfig
 from treadle.nn.linear import Linear
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         if self.position is not None:
             q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, context)
         k_BTGK, v_BTGK = k_BSGK, v_BSGK
-        if isinstance(context.cache, LayerCache):
+        if context.cache is not None:
             k_BTGK, v_BTGK = context.cache.append(k_BSGK, v_BSGK)
         return self.out(attend(q_BSHK, k_BTGK, v_BTGK, self.facts, context, self.sinks).flatten(-2))
 
@@ -100,6 +100,10 @@ class Attention(nn.Module):
         if window is not None and window < length:
             seen = window - window**2 / (2 * length)  # the first tokens of a document see less than a window
         return 4 * self.heads * self.head_dim * seen
+
+    def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> TokenCache:
+        """Room for the keys and values of `batch` rows of up to `capacity` tokens."""
+        return TokenCache(batch, capacity, [(self.kv_heads, self.head_dim)] * 2, dtype, device)
 
     def cache_elements(self) -> int:
         """Numbers kept per token in inference."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from treadle.attention import AttentionContext, Cache, LayerCache
+from treadle.attention import AttentionContext, Cache
 from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
@@ -146,4 +146,4 @@ class Transformer(nn.Module):
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         device = self.embedding.weight.device
         mixers: list[Any] = [layer.mixer for layer in self.layers.values()]
-        return Cache([LayerCache(batch, capacity, m.kv_heads, m.head_dim, self.dtype, device) for m in mixers])
+        return Cache([m.make_cache(batch, capacity, self.dtype, device) for m in mixers])

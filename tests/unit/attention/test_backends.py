@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, Cache, LayerCache, attend, choose, flash, flex
+from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, Cache, TokenCache, attend, choose, flash, flex
 from treadle.attention.facts import alibi_slopes, visible
 from treadle.errors import ConfigError
 
@@ -172,7 +172,7 @@ def test_a_cache_gives_the_same_as_the_whole_row(more: dict[str, Any], backend: 
     qkv, facts = tensors(2, 20, 4, 2, 8), AttentionFacts(window=6, **more)
     sinks = sink_logits(4, facts)
     whole = attend(*qkv, facts, AttentionContext.causal(2, 20, backend="reference"), *sinks)
-    cache = LayerCache(2, 20, 2, 8, torch.float64, torch.device("cpu"))
+    cache = TokenCache(2, 20, [(2, 8)] * 2, torch.float64, "cpu")
     start, pieces = 0, []
     for size in (7, 1, 1, 11):
         q, k, v = (t[:, start : start + size] for t in qkv)
