@@ -19,7 +19,8 @@ class AttentionFacts:
     scale: what the dot products are multiplied by; None is 1/sqrt(head dim).
     window: a query at position i sees the keys at positions i-window+1 ... i; None sees all earlier ones.
     softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118); None leaves them.
-    alibi: slope * (i - j) is taken from each score, after the softcap, with a slope per head (arXiv:2108.12409).
+    alibi: alibi * slope * (i - j) is taken from each score, after the softcap, with a slope per head; 1 is the paper's
+        (arXiv:2108.12409), 0 none.
     sinks: one learned logit per head joins each softmax and carries no value (GPT-OSS, arXiv:2508.10925): its tensor is
         the last argument of `attend`. The softcap and ALiBi do not touch it.
     """
@@ -27,7 +28,7 @@ class AttentionFacts:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
-    alibi: bool = False
+    alibi: float = 0.0
     sinks: bool = False
 
 
@@ -56,11 +57,12 @@ def alibi_slopes(heads: int, device: torch.device | None = None, dtype: torch.dt
     return torch.exp2(-torch.where(head_H < n, 8 * (head_H + 1) / n, 4 * (2 * (head_H - n) + 1) / n)).to(dtype)
 
 
-def alibi_bias(heads: int, context: AttentionContext, keys: int, dtype: torch.dtype) -> Tensor:
-    """What ALiBi adds to the scores: -slope * (i - j).  -> bias_BHST"""
+def alibi_bias(facts: AttentionFacts, heads: int, context: AttentionContext, keys: int, dtype: torch.dtype) -> Tensor:
+    """What ALiBi adds to the scores: -alibi * slope * (i - j).  -> bias_BHST"""
     q_position_BS1, k_position_B1T = _positions(context, keys)
     distance_BST = q_position_BS1 - k_position_B1T
-    return -alibi_slopes(heads, distance_BST.device, dtype)[:, None, None] * distance_BST[:, None]
+    slopes_H = facts.alibi * alibi_slopes(heads, distance_BST.device, dtype)
+    return -slopes_H[:, None, None] * distance_BST[:, None]
 
 
 def _positions(context: AttentionContext, keys: int) -> tuple[Tensor, Tensor]:

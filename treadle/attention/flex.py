@@ -58,7 +58,7 @@ def _score_mod(facts: AttentionFacts, q_BSHK: Tensor) -> Callable[..., Tensor] |
     if facts.softcap is None and not facts.alibi:
         return None
     softcap = facts.softcap
-    slopes_H = alibi_slopes(q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
+    slopes_H = facts.alibi * alibi_slopes(q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
 
     def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if softcap is not None:

@@ -30,7 +30,7 @@ def attend(
     if facts.softcap is not None:
         scores_BGRST = facts.softcap * torch.tanh(scores_BGRST / facts.softcap)
     if facts.alibi:
-        scores_BGRST = scores_BGRST + alibi_bias(H, context, k_BTGK.shape[1], wide).unflatten(1, (G, H // G))
+        scores_BGRST = scores_BGRST + alibi_bias(facts, H, context, k_BTGK.shape[1], wide).unflatten(1, (G, H // G))
     mask_BST = visible(facts, context, k_BTGK.shape[1])
     scores_BGRST = scores_BGRST.masked_fill(~mask_BST[:, None, None], float("-inf"))
     if sinks_H is not None:

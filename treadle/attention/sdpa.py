@@ -58,7 +58,7 @@ def _mask(
         return seen_B1ST
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
     if facts.alibi:
-        bias = alibi_bias(H, context, keys, wide)
+        bias = alibi_bias(facts, H, context, keys, wide)
     else:
         bias = torch.zeros((), dtype=wide, device=q_BSHK.device)
     mask = torch.where(seen_B1ST, bias, float("-inf"))

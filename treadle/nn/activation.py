@@ -1,4 +1,4 @@
-"""Elementwise activations, by name."""
+"""Elementwise activations, and gates made of them, by name."""
 
 from typing import Literal, get_args
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid"]
+GatedActivation = Literal[Activation, "clamped_silu"]
 
 
 def activate(x: Tensor, name: Activation) -> Tensor:
@@ -25,3 +26,15 @@ def activate(x: Tensor, name: Activation) -> Tensor:
         case "sigmoid":
             return torch.sigmoid(x)
     raise ValueError(f"unknown activation '{name}'; known: {', '.join(get_args(Activation))}")
+
+
+def gated(gate: Tensor, up: Tensor, name: GatedActivation) -> Tensor:
+    """activation(gate) * up.
+
+    `clamped_silu` is GPT-OSS's (arXiv:2508.10925): with the gate up to 7 and the other in -7 ... 7,
+    gate * sigmoid(1.702 * gate) * (up + 1).
+    """
+    if name == "clamped_silu":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return activate(gate, name) * up

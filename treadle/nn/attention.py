@@ -26,7 +26,11 @@ class AttentionConfig(MixerConfig):
     head_dim: PositiveInt | None = Field(None, description="size of a head; null: model dim / heads")
     position: PositionConfig | None = Field(RopeConfig(), description="how positions enter; null: not at all (NoPE)")
     window: PositiveInt | None = Field(None, description="sees this many tokens, itself included; null: all earlier")
-    qk_norm: NormConfig | None = Field(None, description="norm of each query and key head (arXiv:2302.05442)")
+    qk_norm: NormConfig | None = Field(None, description="norm of queries and keys (arXiv:2302.05442)")
+    qk_norm_over: Literal["head", "all", "own"] = Field(
+        "head", description="each head, with one weight for all; all heads as one vector (OLMo 2); each, with its own"
+    )
+    clip: PositiveFloat | None = Field(None, description="queries, keys and values are clamped to +-this (OLMo, MPT)")
     softcap: PositiveFloat | None = Field(None, description="scores become cap * tanh(scores / cap)")
     sinks: bool = Field(False, description="learn a logit per head that joins each softmax and carries no value")
     scale: PositiveFloat | None = Field(None, description="factor on the dot products; null: 1/sqrt(head dim)")
@@ -67,7 +71,7 @@ class Attention(nn.Module):
             scale=config.scale,
             window=config.window,
             softcap=config.softcap,
-            alibi=isinstance(config.position, AlibiConfig),
+            alibi=config.position.scale if isinstance(config.position, AlibiConfig) else 0.0,
             sinks=config.sinks,
         )
         parts = {
@@ -76,17 +80,29 @@ class Attention(nn.Module):
             "v": self.kv_heads * self.head_dim,
         }
         self.qkv = Linear(model_dim, sum(parts.values()), bias=config.bias, parts=parts)
-        self.q_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
-        self.k_norm = config.qk_norm.build(self.head_dim) if config.qk_norm else None
+        self.q_norm, self.k_norm, self.norm_all, self.clip = None, None, config.qk_norm_over == "all", config.clip
+        if config.qk_norm is not None:
+            self.q_norm, self.k_norm = (
+                config.qk_norm.build(heads * self.head_dim)
+                if self.norm_all
+                else config.qk_norm.build(self.head_dim, heads if config.qk_norm_over == "own" else None)
+                for heads in (self.heads, self.kv_heads)
+            )
         self.position = config.position.build(self.head_dim, max_length) if config.position else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if config.sinks else None
         self.out = Linear(self.heads * self.head_dim, model_dim, bias=config.output_bias)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
         qkv_BSNK = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        if self.clip is not None:
+            qkv_BSNK = qkv_BSNK.clamp(-self.clip, self.clip)
         q_BSHK, k_BSGK, v_BSGK = qkv_BSNK.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
+            if self.norm_all:
+                q_BSHK, k_BSGK = q_BSHK.flatten(-2), k_BSGK.flatten(-2)
             q_BSHK, k_BSGK = self.q_norm(q_BSHK), self.k_norm(k_BSGK)
+            if self.norm_all:
+                q_BSHK, k_BSGK = (x.unflatten(-1, (-1, self.head_dim)) for x in (q_BSHK, k_BSGK))
         if self.position is not None:
             q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, context)
         k_BTGK, v_BTGK = k_BSGK, v_BSGK

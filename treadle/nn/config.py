@@ -21,7 +21,7 @@ class Buildable:
 
 
 class NormConfig(Buildable, Kind):
-    """Normalisation over the last dimension. Builds with (dim)."""
+    """Normalisation over the last dimension. Builds with (dim), or with (dim, heads) for a weight per head."""
 
 
 class PositionConfig(Buildable, Kind):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from treadle.nn.activation import Activation, activate
+from treadle.nn.activation import Activation, GatedActivation, activate, gated
 from treadle.nn.config import FeedForwardConfig
 from treadle.nn.linear import Linear
 
@@ -42,7 +42,7 @@ class GatedConfig(FeedForwardConfig):
 
     kind: Literal["gated"] = "gated"
     dim: PositiveInt = Field(description="width of the hidden layer")
-    activation: Activation = Field("silu", description="the gate's elementwise function")
+    activation: GatedActivation = Field("silu", description="the gate's elementwise function")
     bias: bool = Field(False, description="bias on all matrices")
 
 
@@ -59,4 +59,4 @@ class Gated(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         gate_BSF, up_BSF = self.gate_up(x_BSD).chunk(2, dim=-1)
-        return self.down(activate(gate_BSF, self.activation) * up_BSF)
+        return self.down(gated(gate_BSF, up_BSF, self.activation))

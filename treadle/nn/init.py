@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from treadle.config import Kind
 from treadle.nn.linear import GroupedLinear, Linear
-from treadle.nn.roles import Role, parameter_roles
+from treadle.nn.roles import Role, is_matrix, parameter_roles
 
 CHUNK = 1 << 22  # elements hashed at once: bounds the scratch memory to a few hundred MB at most
 
@@ -62,15 +62,15 @@ def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int) -
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner = modules[name.rpartition(".")[0]]
-        if name.endswith("bias") or (parameter.ndim == 1 and roles[name] == "column"):
-            parameter.zero_()
-        elif parameter.ndim == 1:
-            parameter.fill_(1.0 - getattr(owner, "offset", 0.0))  # a norm starts as the plain one
-        else:
+        if is_matrix(name, roles[name], parameter):
             role: Role = owner.alone if isinstance(owner, GroupedLinear) else roles[name]
             std = config.matrix_std(role, parameter.shape[-1], depth)
             for part, values in _parts(name, owner, parameter):
                 fill_normal(values, std, seed=seed, name=part)
+        elif name.endswith("bias") or roles[name] == "column":
+            parameter.zero_()
+        else:
+            parameter.fill_(1.0 - getattr(owner, "offset", 0.0))  # a norm starts as the plain one
 
 
 def _parts(name: str, owner: nn.Module, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:

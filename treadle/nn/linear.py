@@ -56,6 +56,7 @@ class GroupedLinear(nn.Module):
         *,
         active: int,
         alone: Literal["column", "row"],
+        bias: bool = False,
         parts: Sequence[str] = (),
         implementation: Implementation = "auto",
     ):
@@ -63,10 +64,17 @@ class GroupedLinear(nn.Module):
         self.active, self.alone, self.implementation = active, alone, implementation
         self.parts: dict[str, int] = {name: outputs // len(parts) for name in parts}
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
 
     def forward(self, x_NI: Tensor, ends_E: Tensor, *, tail: bool = False) -> Tensor:
-        """See `treadle.kernels.grouped_linear`."""
-        return grouped_linear(x_NI, self.weight.to(x_NI.dtype), ends_E, tail=tail, implementation=self.implementation)
+        """See `treadle.kernels.grouped_linear`. Rows of the tail, which no expert takes, come out as zeros."""
+        weight_EOI = self.weight.to(x_NI.dtype)
+        y_NO = grouped_linear(x_NI, weight_EOI, ends_E, tail=tail, implementation=self.implementation)
+        if self.bias is None:
+            return y_NO
+        rows_N = torch.arange(x_NI.shape[0], device=x_NI.device)
+        expert_N = torch.searchsorted(ends_E, rows_N, right=True)
+        return y_NO + F.pad(self.bias.to(x_NI.dtype), (0, 0, 0, 1))[expert_N]
 
     def active_elements(self) -> int:
         return self.weight.numel() // self.weight.shape[0] * self.active

@@ -16,7 +16,7 @@ from torch import Tensor, autograd, nn
 
 from treadle.config.base import key_errors
 from treadle.kernels.grouped_linear import Implementation
-from treadle.nn.activation import Activation, activate
+from treadle.nn.activation import GatedActivation, gated
 from treadle.nn.config import FeedForwardConfig, RouterConfig
 from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.router import Routing, SoftmaxRouterConfig
@@ -29,7 +29,8 @@ class MoEConfig(FeedForwardConfig):
     experts: PositiveInt = Field(description="how many experts there are")
     top_k: PositiveInt = Field(description="how many of them a token visits")
     dim: PositiveInt = Field(description="width of each expert's hidden layer")
-    activation: Activation = Field("silu", description="the experts' gate function")
+    activation: GatedActivation = Field("silu", description="the experts' gate function")
+    bias: bool = Field(False, description="bias on the experts' matrices")
     router: RouterConfig = Field(SoftmaxRouterConfig(), description="who goes where")
     shared: FeedForwardConfig | None = Field(None, description="a feed-forward that every token visits as well")
     shared_gate: bool = Field(False, description="a sigmoid gate on the shared one's output (Qwen2-MoE)")
@@ -89,7 +90,7 @@ class MoE(nn.Module):
         self.router = config.router.build(
             model_dim, config.experts, config.top_k, biased=config.balance_bias is not None
         )
-        common: dict[str, Any] = {"active": config.top_k, "implementation": config.compute}
+        common: dict[str, Any] = {"active": config.top_k, "bias": config.bias, "implementation": config.compute}
         self.gate_up = GroupedLinear(
             config.experts, model_dim, 2 * config.dim, alone="column", parts=("gate", "up"), **common
         )
@@ -123,8 +124,7 @@ class MoE(nn.Module):
         ends_E = kept_E.cumsum(0).to(torch.int32)
         rows_ND = _Rows.apply(x_TD, order_N, inverse_N)
         gate_NF, up_NF = self.gate_up(rows_ND, ends_E, tail=capacity is not None).chunk(2, dim=-1)
-        hidden_NF = activate(gate_NF, self.activation) * up_NF
-        out_ND = self.down(hidden_NF, ends_E, tail=capacity is not None)
+        out_ND = self.down(gated(gate_NF, up_NF, self.activation), ends_E, tail=capacity is not None)
         out_KTD = _Rows.apply(out_ND, inverse_N, order_N).view(K, T, -1)
         weights_KT1 = routing.weights_TK.t()[..., None].to(x_TD.dtype)
         return (out_KTD * weights_KT1).sum(0), counts_E, (counts_E - kept_E).sum()

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from treadle.nn.config import NormConfig
 
+# A norm is built with (dim), or with (dim, heads): then x_..HD has a weight for each head, and each is normed alone.
+
 
 class RMSNormConfig(NormConfig):
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
@@ -23,14 +25,16 @@ class RMSNorm(nn.Module):
 
     roles = {"weight": "norm"}
 
-    def __init__(self, config: RMSNormConfig, dim: int):
+    def __init__(self, config: RMSNormConfig, dim: int, heads: int | None = None):
         super().__init__()
         self.eps, self.offset = config.eps, config.offset
-        self.weight = nn.Parameter(torch.full((dim,), 1.0 - self.offset))
+        self.weight = nn.Parameter(torch.full(_shape(dim, heads), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.offset == 0.0 else self.weight + self.offset
-        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
+        weight = (self.weight if self.offset == 0.0 else self.weight + self.offset).to(x.dtype)
+        if weight.ndim == 2:
+            return F.rms_norm(x, weight.shape[1:], None, self.eps) * weight
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class LayerNormConfig(NormConfig):
@@ -38,6 +42,7 @@ class LayerNormConfig(NormConfig):
 
     kind: Literal["layer"] = "layer"
     eps: PositiveFloat = Field(1e-5, description="added to the variance")
+    weight: bool = Field(True, description="learn a scale; false: none, and no shift (OLMo 1)")
     bias: bool = Field(True, description="learn a shift beside the scale")
 
 
@@ -46,12 +51,20 @@ class LayerNorm(nn.Module):
 
     roles = {"weight": "norm", "bias": "norm"}
 
-    def __init__(self, config: LayerNormConfig, dim: int):
+    def __init__(self, config: LayerNormConfig, dim: int, heads: int | None = None):
         super().__init__()
-        self.eps = config.eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if config.bias else None
+        self.eps, self.dim = config.eps, dim
+        self.weight = nn.Parameter(torch.ones(_shape(dim, heads))) if config.weight else None
+        self.bias = nn.Parameter(torch.zeros(_shape(dim, heads))) if config.weight and config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
+        if weight is not None and weight.ndim == 2:
+            scaled = F.layer_norm(x, (self.dim,), eps=self.eps) * weight
+            return scaled if bias is None else scaled + bias
+        return F.layer_norm(x, (self.dim,), weight, bias, self.eps)
+
+
+def _shape(dim: int, heads: int | None) -> tuple[int, ...]:
+    return (dim,) if heads is None else (heads, dim)

@@ -102,6 +102,7 @@ class AlibiConfig(PositionConfig):
     """Attention fades linearly with distance, at a slope per head; nothing is rotated (arXiv:2108.12409)."""
 
     kind: Literal["alibi"] = "alibi"
+    scale: PositiveFloat = Field(1.0, description="factor on every slope; Falcon has 1/sqrt(head dim)")
 
 
 class Alibi(nn.Module):

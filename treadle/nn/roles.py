@@ -21,6 +21,11 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     return roles
 
 
+def is_matrix(name: str, role: Role, parameter: nn.Parameter) -> bool:
+    """Whether a parameter maps vectors, or holds one per token: not a norm's factor, a bias or another vector."""
+    return parameter.ndim >= 2 and role != "norm" and not name.endswith("bias")
+
+
 def _role(name: str, modules: dict[str, nn.Module]) -> Role:
     """Walk up from the parameter: the nearest block that names the child on the path decides."""
     path, child = name.rpartition(".")[::2]

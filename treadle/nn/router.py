@@ -29,6 +29,7 @@ class TopKRouterConfig(RouterConfig):
     """What both routers share."""
 
     normalise: bool = Field(True, description="divide the chosen weights by their sum")
+    bias: bool = Field(False, description="bias on the logits (GPT-OSS)")
     scale: PositiveFloat = Field(1.0, description="factor on the chosen weights (DeepSeek's routed scaling factor)")
     groups: GroupsConfig | None = Field(None, description="choose from the best groups of experts; null: from all")
 
@@ -84,7 +85,7 @@ class TopKRouter(nn.Module):
     def __init__(self, config: TopKRouterConfig, dim: int, experts: int, top_k: int, *, biased: bool):
         super().__init__()
         self.top_k, self.normalise, self.scale, self.groups = top_k, config.normalise, config.scale, config.groups
-        self.gate = Linear(dim, experts)
+        self.gate = Linear(dim, experts, bias=config.bias)
         self.balance_bias = nn.Parameter(torch.zeros(experts), requires_grad=False) if biased else None
 
     def scores(self, logits_TE: Tensor) -> Tensor:

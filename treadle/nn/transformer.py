@@ -31,9 +31,12 @@ class TransformerConfig(Buildable, Config):
     position: AbsolutePositionConfig | None = Field(
         None, description="a vector per position, added to the embedding; null: none (attention has its own positions)"
     )
+    embedding_scale: PositiveFloat = Field(1.0, description="factor on the embedding (Gemma: sqrt(dim); Granite)")
+    embedding_norm: NormConfig | None = Field(None, description="norm of the embedding (BLOOM); null: none")
     layers: list[LayerConfig] = Field(min_length=1, description="the stack, from input to output")
     norm: NormConfig = Field(RMSNormConfig(), description="the norm before the head")
     tied: bool = Field(False, description="the head shares the embedding's weight")
+    logits_scale: PositiveFloat = Field(1.0, description="factor on the logits (Granite: 1 / logits_scaling)")
     softcap: PositiveFloat | None = Field(None, description="logits become cap * tanh(logits / cap)")
     init: InitConfig = Field(NormalInitConfig(), description="how weights start")
 
@@ -60,13 +63,13 @@ class Head(nn.Module):
 
     roles = {"weight": "vocab"}
 
-    def __init__(self, vocabulary: int, dim: int, softcap: float | None):
+    def __init__(self, vocabulary: int, dim: int, softcap: float | None, scale: float = 1.0):
         super().__init__()
-        self.softcap = softcap
+        self.softcap, self.scale = softcap, scale
         self.weight = nn.Parameter(torch.empty(vocabulary, dim))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        logits_BSV = nn.functional.linear(x_BSD, self.weight.to(x_BSD.dtype))
+        logits_BSV = nn.functional.linear(self._scaled(x_BSD), self.weight.to(x_BSD.dtype))
         return logits_BSV if self.softcap is None else self.softcap * torch.tanh(logits_BSV / self.softcap)
 
     def cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
@@ -75,8 +78,11 @@ class Head(nn.Module):
 
     def penalised_cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float) -> tuple[Tensor, Tensor]:
         """The same plus z_loss * logsumexp(logits)^2 for each such target; and that penalty alone, detached."""
-        tokens_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
+        tokens_TD, targets_T = self._scaled(x_BSD).flatten(0, 1), targets_BS.flatten()
         return linear_cross_entropy(tokens_TD, self.weight, targets_T, softcap=self.softcap, z_loss=z_loss)
+
+    def _scaled(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD if self.scale == 1.0 else x_BSD * self.scale
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
@@ -98,12 +104,13 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = torch.float32
         self.embedding = Embedding(config.vocab_size, config.dim)
+        self.embedding_norm = config.embedding_norm.build(config.dim) if config.embedding_norm else None
         self.position = config.position.build(config.dim, config.max_length) if config.position else None
         self.layers = nn.ModuleDict(
             {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(config.expand())}
         )
         self.norm = config.norm.build(config.dim)
-        self.head = Head(config.vocab_size, config.dim, config.softcap)
+        self.head = Head(config.vocab_size, config.dim, config.softcap, config.logits_scale)
         self.tie()
 
     def tie(self) -> None:
@@ -125,6 +132,10 @@ class Transformer(nn.Module):
         context = context or AttentionContext.causal(*tokens_BS.shape, device=tokens_BS.device)
         context = self.with_tables(context)
         x_BSD = self.embedding(tokens_BS, self.dtype)
+        if self.config.embedding_scale != 1.0:
+            x_BSD = x_BSD * self.config.embedding_scale
+        if self.embedding_norm is not None:
+            x_BSD = self.embedding_norm(x_BSD)
         if self.position is not None:
             x_BSD = x_BSD + self.position(context.positions_BS, self.dtype)
         for index, layer in self.layers.items():

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 
 from treadle.config import Kind
 from treadle.nn.linear import GroupedLinear, Linear
-from treadle.nn.roles import parameter_roles
+from treadle.nn.roles import is_matrix, parameter_roles
 from treadle.train.muon import Muon
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -34,10 +34,10 @@ class AdamWConfig(OptimizerConfig):
     eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
 
     def build(self, model: nn.Module) -> "Optimizers":
-        return Optimizers([self.for_parameters(trainable(model))])
+        return Optimizers([self.for_parameters(model, trainable(model))])
 
-    def for_parameters(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        groups = list(_decay_groups(parameters, self.weight_decay))
+    def for_parameters(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        groups = list(_decay_groups(model, parameters, self.weight_decay))
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -59,7 +59,7 @@ class MuonConfig(OptimizerConfig):
         matrices: dict[str, nn.Parameter] = {}
         rest: dict[str, nn.Parameter] = {}
         for name, parameter in trainable(model).items():
-            inside = (roles[name] in ("column", "row") and parameter.ndim == 2) or roles[name] == "expert"
+            inside = roles[name] in ("column", "row", "expert") and is_matrix(name, roles[name], parameter)
             (matrices if inside else rest)[name] = parameter
         groups = []
         for name, parameter in matrices.items():
@@ -68,7 +68,7 @@ class MuonConfig(OptimizerConfig):
             groups.append({"params": [parameter], "parts": parts})
         muon = Muon(groups, self.lr, self.weight_decay, self.momentum, self.nesterov, self.iterations)
         adamw = AdamWConfig(lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
-        return Optimizers([muon, adamw.for_parameters(rest)])
+        return Optimizers([muon, adamw.for_parameters(model, rest)])
 
 
 class SGDConfig(OptimizerConfig):
@@ -80,7 +80,7 @@ class SGDConfig(OptimizerConfig):
     nesterov: bool = Field(False, description="Nesterov momentum")
 
     def build(self, model: nn.Module) -> "Optimizers":
-        groups = list(_decay_groups(trainable(model), self.weight_decay))
+        groups = list(_decay_groups(model, trainable(model), self.weight_decay))
         return Optimizers([torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)])
 
 
@@ -89,10 +89,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _decay_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> Iterator[dict[str, object]]:
+def _decay_groups(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
+) -> Iterator[dict[str, object]]:
     """Matrices with decay, vectors without; empty groups left out."""
+    roles = parameter_roles(model)
     for decays in (True, False):
-        chosen = [p for p in parameters.values() if (p.ndim >= 2) == decays]
+        chosen = [p for name, p in parameters.items() if is_matrix(name, roles[name], p) == decays]
         if chosen:
             yield {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
 
