@@ -20,7 +20,7 @@ from treadle.errors import TreadleError
 
 # In the order of `treadle --help`. A command is the function of the same name in its module; a group is its `app`.
 COMMANDS = ("train", "generate")
-GROUPS = ("tokenizer", "data", "model", "runs", "config")
+GROUPS = ("tokenizer", "data", "model", "convert", "runs", "config")
 
 
 class _LazyGroup(TyperGroup):

@@ -1,56 +1,44 @@
-"""A model on disk by itself: `model.yaml` says what it is, `model.safetensors` holds its weights by name."""
+"""A model on disk by itself: `model.yaml` says what it is, `model.safetensors` or its shards hold its weights."""
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from treadle.config import resolve, to_yaml
 from treadle.errors import CheckpointError
 from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.nn.weights import SHARD_BYTES, WeightsReader, WeightsWriter
 
-SPEC_FILE, WEIGHTS_FILE = "model.yaml", "model.safetensors"
+SPEC_FILE = "model.yaml"
+METADATA = {"format": "treadle-model-1"}
 
 
-def save_model(model: Transformer, folder: Path | str) -> Path:
+def save_model(model: Transformer, folder: Path | str, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the spec and the weights, in their own dtype; a shared weight is written once. Returns the folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-    temporary = folder / f".{WEIGHTS_FILE}.partial"
-    try:
-        save_file(weights, temporary, metadata={"format": "treadle-model-1"})
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: could not be written: {error}") from error
-    (folder / SPEC_FILE).write_text(to_yaml(model.config))
-    os.replace(temporary, folder / WEIGHTS_FILE)
+    with WeightsWriter(folder, shard_bytes=shard_bytes, metadata=METADATA) as writer:
+        for name, parameter in model.named_parameters():
+            writer.add(name, parameter)
+        (folder / SPEC_FILE).write_text(to_yaml(model.config))
     return folder
 
 
 def load_model(
     folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The model of a folder that `save_model` wrote, in evaluation mode. dtype: of the weights; None keeps them.
+    """The model of a folder that `save_model` wrote, in evaluation mode. dtype: of the weights; None is float32.
 
     Raises CheckpointError listing every tensor that is missing, left over or of another shape.
     """
     folder = Path(folder)
-    path = folder / WEIGHTS_FILE
     model = build_meta(resolve(TransformerConfig, folder / SPEC_FILE))
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _compare(path, {name: tuple(p.shape) for name, p in model.named_parameters()}, found)
-            model.to_empty(device=device)
-            for name, parameter in model.named_parameters():
-                parameter.data = file.get_tensor(name).to(dtype or parameter.dtype)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if dtype is not None:
-        model.dtype = dtype
+    reader = WeightsReader(folder)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _compare(folder, expected, {name: reader.shape(name) for name in reader})
+    allocate(model, device=device, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.tensor(name))
     return model.eval()
 
 
@@ -61,7 +49,14 @@ def build_meta(config: TransformerConfig) -> Transformer:
     return model
 
 
-def _compare(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+def allocate(model: Transformer, *, device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """Give a model of `build_meta` its memory, in the dtype of weights and computation (None: float32)."""
+    if dtype is not None:
+        model.to(dtype).dtype = dtype
+    model.to_empty(device=device)
+
+
+def _compare(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     problems += [f"left over {name} {shape}" for name, shape in found.items() if name not in expected]
     problems += [
@@ -70,4 +65,4 @@ def _compare(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, 
         if name in found and found[name] != shape
     ]
     if problems:
-        raise CheckpointError(f"{path} does not fit its {SPEC_FILE}:\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{folder}: the weights do not fit {SPEC_FILE}:\n  " + "\n  ".join(problems))

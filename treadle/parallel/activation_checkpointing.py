@@ -11,13 +11,13 @@ import treadle.kernels.grouped_linear  # noqa: F401  defines the operator below
 
 Mode = Literal["none", "selective", "full"]
 
-# What is dear to recompute: attention in each of its forms. Matmuls are kept every other time.
+# What is dear to recompute: attention in each of its forms. Matmuls are kept every other time. Flex is not among them:
+# kept while its block mask is recomputed, its compiled backward reads wild addresses (torch 2.11 on CUDA).
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
 }
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.treadle.grouped_linear.default}
 

@@ -1,0 +1,189 @@
+"""A family of published models as data: how its `config.json` is a spec, and how its tensors are named.
+
+One file of this package declares one family. Its rules work in both directions, so that what is written is what would
+be read: `Family.config` reads its own result again and refuses a model that would come back different.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from treadle.config import diff, resolve, to_dict
+from treadle.config.base import nearest
+from treadle.errors import ConfigError
+from treadle.families.fold import fold
+from treadle.families.layouts import Layout
+from treadle.families.rules import Document, Mismatch, Rule
+from treadle.nn.transformer import TransformerConfig
+
+# Keys that say nothing about what a model computes: who wrote it, how it was trained, how it is sampled from.
+NEUTRAL = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "max_window_layers",
+        "model_type",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "quantization_config",
+        "resid_pdrop",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+        "attn_pdrop",
+        "classifier_dropout",
+        "embedding_dropout",
+        "residual_dropout",
+        "dropout",
+        "tokenizer_class",
+    ]
+)
+# What a spec says about training alone, or about how to compute; a config.json has no word for it.
+UNSAID = frozenset({"init", "compute", "balance_loss", "z_loss", "repeat"})
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """model, layer: the parts of the spec that all members share, as plain data; the rules fill in the rest.
+
+    depth: the key that counts the layers.
+    tensors: from our names to theirs, `*` for the layer: of a parameter with its name, or of a module, whose
+        parameters then keep their last word (`weight`, `bias`). See `treadle.families.layouts`.
+    prefix: that a checkpoint of the bare model, without its head, leaves out.
+    optional: patterns (re.fullmatch) of tensors that are no weights of ours.
+    same_as: further `model_type`s that are read as this one.
+    Making one registers it.
+    """
+
+    model_type: str
+    architecture: str
+    layer: Mapping[str, Any]
+    rules: Sequence[Rule]
+    tensors: Mapping[str, "str | Layout"]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    depth: str = "num_hidden_layers"
+    prefix: str = "model."
+    optional: Sequence[str] = ()
+    same_as: Sequence[str] = ()
+
+    registry: ClassVar[dict[str, "Family"]] = {}
+
+    def __post_init__(self) -> None:
+        for name in (self.model_type, *self.same_as):
+            self.registry[name] = self
+
+    def spec(self, config: Mapping[str, Any]) -> TransformerConfig:
+        """The spec that a config.json describes. Raises ConfigError for what is not understood in it."""
+        unknown = self.not_understood(config)
+        if unknown:
+            told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
+            raise ConfigError(
+                f"config.json: the family '{self.model_type}' does not understand {told}, and computing without it "
+                f"could give other numbers. Add a rule for it to the family, or take the key out if it means nothing"
+            )
+        if not isinstance(config.get(self.depth), int):
+            raise ConfigError(f"config.json: lacks the number of layers, '{self.depth}'.{nearest(self.depth, config)}")
+        layers = [deepcopy(dict(self.layer)) for _ in range(config[self.depth])]
+        document = {**deepcopy(dict(self.model)), "layers": layers}
+        for rule in self.rules:
+            rule.read(config, document)
+        return resolve(TransformerConfig, {**document, "layers": fold(document["layers"])})
+
+    def not_understood(self, config: Mapping[str, Any]) -> list[str]:
+        """Keys that no rule answers for, unless they are switched off or say nothing about what is computed."""
+        known = NEUTRAL | {self.depth} | {name for rule in self.rules for name in rule.names}
+        off: tuple[Any, ...] = (None, False, 0, "", [], {})
+        return [key for key, value in config.items() if key not in known and value not in off]
+
+    def config(self, spec: TransformerConfig) -> dict[str, Any]:
+        """The config.json of a spec. Raises ConfigError that lists whatever this family has no word for."""
+        document = unrolled(spec)
+        config: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            self.depth: len(document["layers"]),
+        }
+        try:
+            for rule in self.rules:
+                rule.write(document, config)
+            again = unrolled(self.spec(config))
+        except Mismatch as error:
+            raise ConfigError(f"this model is no '{self.model_type}': {error}") from None
+        except (ConfigError, KeyError) as error:
+            raise ConfigError(f"this model is no '{self.model_type}': {error}") from error
+        differences = diff(document, again)
+        if differences:
+            told = "\n".join(f"  {key}: {ours!r} here, {theirs!r} there" for key, ours, theirs in differences[:12])
+            raise ConfigError(f"this model is no '{self.model_type}', which could not say all of it:\n{told}")
+        return config
+
+
+def find(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises ConfigError that tells the nearest, and what that would not understand."""
+    name = config.get("model_type")
+    families = Family.registry
+    if name in families:
+        return families[name]
+    closest = min(families.values(), key=lambda family: len(family.not_understood(config)))
+    unknown = closest.not_understood(config)
+    told = f"does not understand: {', '.join(unknown)}" if unknown else "understands all its keys: try that model_type"
+    raise ConfigError(
+        f"config.json: model_type: unknown family {name!r}.{nearest(str(name), families)} By its keys "
+        f"'{closest.model_type}' is closest; it {told}. A family is one file: docs/families.md shows how to add one"
+    )
+
+
+def families() -> list[Family]:
+    """Every family, once each."""
+    return list(dict.fromkeys(Family.registry.values()))
+
+
+def fitting(spec: TransformerConfig) -> list[Family]:
+    """The families that can say all of a spec."""
+    found = []
+    for family in families():
+        try:
+            family.config(spec)
+        except ConfigError:
+            continue
+        found.append(family)
+    return found
+
+
+def unrolled(spec: TransformerConfig) -> Document:
+    """A spec as plain data in one form: layers one by one, defaults worked out, nothing about training."""
+    plain = to_dict(spec)
+    plain["layers"] = [to_dict(layer) for layer in spec.expand()]
+    for layer in plain["layers"]:
+        mixer = layer.get("mixer", {})
+        if mixer.get("kind") == "attention":
+            mixer["kv_heads"] = mixer["kv_heads"] or mixer["heads"]
+            mixer["head_dim"] = mixer["head_dim"] or spec.dim // mixer["heads"]
+    said: Document = _without(plain)
+    return said
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        # A balancing bias is a tensor, its step belongs to training.
+        kept = {key: _without(item) for key, item in value.items() if key not in UNSAID}
+        return {key: item if key != "balance_bias" else item is not None for key, item in kept.items()}
+    return [_without(item) for item in value] if isinstance(value, list) else value
