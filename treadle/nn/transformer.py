@@ -4,6 +4,7 @@ B batch, S sequence, D model dim, V vocabulary.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from treadle.attention import AttentionContext, Cache
 from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
-from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, NormConfig
+from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, MultiTokenConfig, NormConfig
 from treadle.nn.init import InitConfig, NormalInitConfig, initialise
 from treadle.nn.linear import Embedding
 from treadle.nn.norm import RMSNormConfig
@@ -35,6 +36,9 @@ class TransformerConfig(Buildable, Config):
     norm: NormConfig = Field(RMSNormConfig(), description="the norm before the head")
     tied: bool = Field(False, description="the head shares the embedding's weight")
     softcap: PositiveFloat | None = Field(None, description="logits become cap * tanh(logits / cap)")
+    multi_token: MultiTokenConfig | None = Field(
+        None, description="what predicts further than the next token, in training; null: nothing"
+    )
     init: InitConfig = Field(NormalInitConfig(), description="how weights start")
 
     @model_validator(mode="after")
@@ -46,6 +50,9 @@ class TransformerConfig(Buildable, Config):
         ]
         if self.position is not None:
             problems += [(f"position.{key}", message) for key, message in self.position.problems(self.dim)]
+        if self.multi_token is not None:
+            found = self.multi_token.problems(self.dim, self.max_length)
+            problems += [(f"multi_token.{key}", message) for key, message in found]
         if problems:
             raise key_errors(problems)
         return self
@@ -99,11 +106,15 @@ class Transformer(nn.Module):
         self.dtype = torch.float32
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.position = config.position.build(config.dim, config.max_length) if config.position else None
+        layers = config.expand()
         self.layers = nn.ModuleDict(
-            {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(config.expand())}
+            {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(layers)}
         )
         self.norm = config.norm.build(config.dim)
         self.head = Head(config.vocab_size, config.dim, config.softcap)
+        self.multi_token = None
+        if config.multi_token is not None:
+            self.multi_token = config.multi_token.build(config.dim, config.max_length, layers[-1])
         self.tie()
 
     def tie(self) -> None:
@@ -130,6 +141,16 @@ class Transformer(nn.Module):
         for index, layer in self.layers.items():
             x_BSD = layer(x_BSD, context.for_layer(int(index)))
         return self.norm(x_BSD)
+
+    def further(self, x_BSD: Tensor, tokens_BS: Tensor, context: AttentionContext) -> list[Tensor]:
+        """What the head reads to predict 1, 2, ... tokens further than the next, where the model has `multi_token`.
+
+        x_BSD: of `hidden`, for the same tokens and context, which has no cache.  -> [x_BSD] * depth
+        """
+        if self.multi_token is None:
+            return []
+        embed = partial(self.embedding, dtype=self.dtype)
+        return self.multi_token(x_BSD, tokens_BS, self.with_tables(context), embed)  # type: ignore[no-any-return]
 
     def with_tables(self, context: AttentionContext) -> AttentionContext:
         """The context with what layers derive from the context's positions, computed once for all that share it."""
