@@ -50,7 +50,7 @@ class SequentialMultiToken(nn.Module):
         super().__init__()
         (layer,) = (config.layer or last).expand()
         self.layers = nn.ModuleDict(
-            {str(k): _Module(layer, config.norm, dim, max_length) for k in range(1, config.depth + 1)}
+            {str(k): SequentialModule(layer, config.norm, dim, max_length) for k in range(1, config.depth + 1)}
         )
 
     def forward(
@@ -71,7 +71,7 @@ class SequentialMultiToken(nn.Module):
         return found
 
 
-class _Module(nn.Module):
+class SequentialModule(nn.Module):
     """norm(layer(project([norm(embedding); norm(x)]))).  x_BSD, embedding_BSD -> y_BSD
 
     The order of the two is that of the released weights (`eh_proj`); the paper writes the other.
