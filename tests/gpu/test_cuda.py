@@ -204,6 +204,15 @@ def test_positions_and_sinks_compile_to_the_same_losses(position: Any) -> None:
         assert got == pytest.approx(exact, abs=0.05), checkpointing
 
 
+def test_multi_token_prediction_compiles_to_the_same_losses() -> None:
+    spec = {**SPEC, "multi_token": {"kind": "sequential", "depth": 2}}
+    exact = losses(True, precision="fp32", compile=False, spec=spec)
+    assert exact[-1] < exact[0] - 0.5
+    for checkpointing in ("none", "selective", "full"):
+        got = losses(True, precision="bf16", compile=True, activation_checkpointing=checkpointing, spec=spec)
+        assert got == pytest.approx(exact, abs=0.05), checkpointing
+
+
 def test_muon_learns_in_bf16() -> None:
     values = losses(True, optimizer=MuonConfig(lr=3e-3), precision="bf16")
     assert values[-1] < values[0] - 0.5

@@ -12,12 +12,13 @@ def rope(name: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_type": name, "rope_theta": 5000.0, **parameters}
 
 
-LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+ORIGINAL = {"original_max_position_embeddings": 32}
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL)
 
 
 @dataclass(frozen=True)
 class Case:
-    """config: the class, less `Config`. model: the class; empty: config + ForCausalLM. lengths: of the rows compared."""
+    """config: the class, less `Config`. model: the class; empty: `config`ForCausalLM. lengths: of rows to compare."""
 
     config: str
     arguments: dict[str, Any] = field(default_factory=dict)

@@ -57,13 +57,11 @@ def hf_export(
     """Write a model as a Hugging Face checkpoint with its tokenizer."""
     from treadle import api
     from treadle.families import checkpoint
+    from treadle.inference.load import stored_dtype
 
     _prepare(imports, target, overwrite)
-    import torch
-
-    model, tokenizer = api.load(
-        source, device="cpu", dtype=torch.float32 if dtype is None else _dtype(dtype), root=root
-    )
+    folder = Path(source) if Path(source).is_dir() else api.find_run(source, root)
+    model, tokenizer = api.load(folder, device="cpu", dtype=_dtype(dtype) or stored_dtype(folder))
     written = checkpoint.save(model, target, family=family, progress=_progress("exporting"))
     tokenizer.save(target)
     typer.echo(f"{target}: {written.architecture}")

@@ -40,6 +40,8 @@ def show(
     console.print(
         f"Per token: forward FLOPs at a length of {length:,} (causal), numbers kept in the cache.", highlight=False
     )
+    if model.multi_token is not None:
+        console.print("Only training runs multi_token: the model's own FLOPs and cache leave it out.", highlight=False)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from treadle.config import Kind
 
@@ -76,3 +76,15 @@ class LayerConfig(Buildable, Kind):
     def problems(self, dim: int) -> Iterator[tuple[str, str]]:
         """(key, message) for each value that is impossible at this model dim."""
         yield from ()
+
+
+class MultiTokenConfig(Buildable, Kind):
+    """Predicts further than the next token, in training. Builds with (dim, max_length, the last layer's config)."""
+
+    depth: PositiveInt = Field(1, description="how many tokens further than the next one are predicted")
+    weight: PositiveFloat = Field(0.3, description="of their mean cross entropy, beside the next token's")
+
+    def problems(self, dim: int, max_length: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible at this model dim and longest sequence."""
+        if self.depth >= max_length:
+            yield "depth", f"{self.depth} is further than a sequence of max_length={max_length} reaches; lower it"

@@ -4,6 +4,7 @@ A matmul of a [T, I] by an [I, O] matrix counts 2*T*I*O. Attention counts the ca
 the convention of PaLM's appendix B (arXiv:2204.02311) halved for causality; it is named wherever MFU is reported.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -24,10 +25,13 @@ def active_parameter_count(model: nn.Module) -> int:
 
 
 def forward_flops(model: nn.Module, length: float) -> float:
-    """Forward FLOPs per token, for sequences of `length` tokens; with packed documents, their mean length."""
+    """Forward FLOPs per token, for sequences of `length` tokens; with packed documents, their mean length.
+
+    Of a model with `multi_token` that of inference, which leaves it out.
+    """
     total = 0.0
     module: Any
-    for module in model.modules():
+    for module in _inference_modules(model):
         if isinstance(module, Linear | Head):
             total += 2 * module.weight.numel()
         if isinstance(module, GroupedLinear):
@@ -38,11 +42,26 @@ def forward_flops(model: nn.Module, length: float) -> float:
 
 
 def training_flops(model: nn.Module, length: float) -> float:
-    """Forward and backward FLOPs per token (backward is twice the forward; recomputation is not counted)."""
-    return 3 * forward_flops(model, length)
+    """Forward and backward FLOPs per token (backward is twice the forward; recomputation is not counted).
+
+    With `multi_token`, whose modules see every token, and each of which passes through the head once more.
+    """
+    forward = forward_flops(model, length)
+    whole: Any = model
+    if getattr(model, "multi_token", None) is not None:
+        forward += forward_flops(whole.multi_token, length)
+        forward += len(whole.multi_token.layers) * forward_flops(whole.head, length)
+    return 3 * forward
 
 
 def cache_elements(model: nn.Module) -> int:
     """Numbers kept per token in inference, over all layers."""
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "cache_elements")]
+    modules: list[Any] = [module for module in _inference_modules(model) if hasattr(module, "cache_elements")]
     return sum(module.cache_elements() for module in modules)
+
+
+def _inference_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules but those of the model's `multi_token`, which only training runs."""
+    extra = getattr(model, "multi_token", None)
+    left_out = set() if extra is None else set(extra.modules())
+    return (module for module in model.modules() if module not in left_out)

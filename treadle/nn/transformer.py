@@ -14,7 +14,7 @@ from treadle.attention import AttentionContext, Cache
 from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
-from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, NormConfig
+from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, MultiTokenConfig, NormConfig
 from treadle.nn.init import InitConfig, NormalInitConfig, initialise
 from treadle.nn.linear import Embedding
 from treadle.nn.norm import RMSNormConfig
@@ -38,6 +38,9 @@ class TransformerConfig(Buildable, Config):
     tied: bool = Field(False, description="the head shares the embedding's weight")
     logits_scale: PositiveFloat = Field(1.0, description="factor on the logits (Granite: 1 / logits_scaling)")
     softcap: PositiveFloat | None = Field(None, description="logits become cap * tanh(logits / cap)")
+    multi_token: MultiTokenConfig | None = Field(
+        None, description="what predicts further than the next token, in training; null: nothing"
+    )
     init: InitConfig = Field(NormalInitConfig(), description="how weights start")
 
     @model_validator(mode="after")
@@ -49,6 +52,9 @@ class TransformerConfig(Buildable, Config):
         ]
         if self.position is not None:
             problems += [(f"position.{key}", message) for key, message in self.position.problems(self.dim)]
+        if self.multi_token is not None:
+            found = self.multi_token.problems(self.dim, self.max_length)
+            problems += [(f"multi_token.{key}", message) for key, message in found]
         if problems:
             raise key_errors(problems)
         return self
@@ -106,11 +112,15 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.embedding_norm = config.embedding_norm.build(config.dim) if config.embedding_norm else None
         self.position = config.position.build(config.dim, config.max_length) if config.position else None
+        layers = config.expand()
         self.layers = nn.ModuleDict(
-            {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(config.expand())}
+            {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(layers)}
         )
         self.norm = config.norm.build(config.dim)
         self.head = Head(config.vocab_size, config.dim, config.softcap, config.logits_scale)
+        self.multi_token = None
+        if config.multi_token is not None:
+            self.multi_token = config.multi_token.build(config.dim, config.max_length, layers[-1])
         self.tie()
 
     def tie(self) -> None:
@@ -131,16 +141,28 @@ class Transformer(nn.Module):
         """What the head reads. Without a context each row is one document.  tokens_BS -> x_BSD"""
         context = context or AttentionContext.causal(*tokens_BS.shape, device=tokens_BS.device)
         context = self.with_tables(context)
-        x_BSD = self.embedding(tokens_BS, self.dtype)
-        if self.config.embedding_scale != 1.0:
-            x_BSD = x_BSD * self.config.embedding_scale
-        if self.embedding_norm is not None:
-            x_BSD = self.embedding_norm(x_BSD)
+        x_BSD = self.embed(tokens_BS)
         if self.position is not None:
             x_BSD = x_BSD + self.position(context.positions_BS, self.dtype)
         for index, layer in self.layers.items():
             x_BSD = layer(x_BSD, context.for_layer(int(index)))
         return self.norm(x_BSD)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """The embedding, scaled and normed as the model has it, without positions.  tokens_BS -> x_BSD"""
+        x_BSD = self.embedding(tokens_BS, self.dtype)
+        if self.config.embedding_scale != 1.0:
+            x_BSD = x_BSD * self.config.embedding_scale
+        return x_BSD if self.embedding_norm is None else self.embedding_norm(x_BSD)
+
+    def further(self, x_BSD: Tensor, tokens_BS: Tensor, context: AttentionContext) -> list[Tensor]:
+        """What the head reads to predict 1, 2, ... tokens further than the next, where the model has `multi_token`.
+
+        x_BSD: of `hidden`, for the same tokens and context, which has no cache.  -> [x_BSD] * depth
+        """
+        if self.multi_token is None:
+            return []
+        return self.multi_token(x_BSD, tokens_BS, self.with_tables(context), self.embed)  # type: ignore[no-any-return]
 
     def with_tables(self, context: AttentionContext) -> AttentionContext:
         """The context with what layers derive from the context's positions, computed once for all that share it."""

@@ -66,6 +66,10 @@ class RecipeConfig(Config):
         length, longest = self.training.sequence_length, self.model.max_length
         if length > longest:
             raise key_error("training.sequence_length", f"{length} is more than model.max_length={longest}; raise that")
+        further = self.model.multi_token
+        if further is not None and length <= further.depth:
+            message = f"{length} must be more than model.multi_token.depth={further.depth}; raise it, or lower that"
+            raise key_error("training.sequence_length", message)
         return self
 
 

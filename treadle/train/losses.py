@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
+from treadle.attention import AttentionContext
 from treadle.data.loader import Batch
+from treadle.nn.multi_token import ahead
 from treadle.nn.transformer import Transformer
 
 
@@ -26,7 +29,30 @@ LossFunction = Callable[[Transformer, Batch], Loss]
 
 
 def cross_entropy(model: Transformer, batch: Batch, *, z_loss: float = 0.0, attention: str = "auto") -> Loss:
-    """Next-token cross entropy in nats, summed over the targets that count. attention: the backend's name."""
-    hidden_BSD = model.hidden(batch.tokens_BS, replace(batch.context, backend=attention))
+    """Next-token cross entropy in nats, summed over the targets that count. attention: the backend's name.
+
+    A model that has `multi_token` adds its loss, as the penalty `multi_token_loss`.
+    """
+    context = replace(batch.context, backend=attention)
+    hidden_BSD = model.hidden(batch.tokens_BS, context)
     total, penalty = model.head.penalised_cross_entropy(hidden_BSD, batch.targets_BS, z_loss=z_loss)
-    return Loss(total, {"z_loss": penalty} if z_loss else {})
+    penalties = {"z_loss": penalty} if z_loss else {}
+    if model.config.multi_token is not None:
+        extra = multi_token_loss(model, hidden_BSD, batch, context)
+        total, penalties["multi_token_loss"] = total + extra, extra.detach()
+    return Loss(total, penalties)
+
+
+def multi_token_loss(model: Transformer, hidden_BSD: Tensor, batch: Batch, context: AttentionContext) -> Tensor:
+    """weight / depth * sum over k = 1 ... depth of the cross entropy of each position's k-th further target.
+
+    The k-th further target of a position is the target k positions on in the same document, where there is one and it
+    counts. Like the main loss it is a sum: the loop divides it by the number of next-token targets, of which there are
+    more (DeepSeek-V3's eq. 24 divides by the whole length too). hidden_BSD: of `model.hidden`.  -> scalar
+    """
+    config = model.config.multi_token
+    assert config is not None
+    total = hidden_BSD.new_zeros((), dtype=torch.promote_types(hidden_BSD.dtype, torch.float32))
+    for k, x_BSD in enumerate(model.further(hidden_BSD, batch.tokens_BS, context), start=1):
+        total = total + model.head.cross_entropy(x_BSD, ahead(batch.targets_BS, k, context))
+    return config.weight / config.depth * total

@@ -37,5 +37,10 @@ def check_resume(checkpointer: Checkpointer, loader: Loader, spec: TransformerCo
 
 
 def _architecture(spec: TransformerConfig) -> dict[str, Any]:
-    """What the weights depend on: not how they started. Keys that came later have their defaults in old checkpoints."""
-    return {key: value for key, value in to_dict(spec).items() if key != "init"}
+    """What the weights depend on: not how they started, nor the weight of multi-token prediction, which DeepSeek-V3
+    lowers on the way. Keys that came later have their defaults in old checkpoints.
+    """
+    plain = {key: value for key, value in to_dict(spec).items() if key != "init"}
+    if spec.multi_token is not None:
+        plain["multi_token"] = {key: value for key, value in plain["multi_token"].items() if key != "weight"}
+    return plain

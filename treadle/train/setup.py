@@ -45,9 +45,10 @@ def build_model(config: TransformerConfig, training: TrainingConfig, *, seed: in
     """Master weights in fp32 on `device`, initialised; layers recompute and compile as `training` says."""
     model = build_meta(config).to_empty(device=device).initialise(seed)
     model.dtype = DTYPES[training.precision]
-    apply_activation_checkpointing(model.layers, training.activation_checkpointing)
-    if training.compile:
-        compile_layers(model.layers)
+    for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
+        apply_activation_checkpointing(layers, training.activation_checkpointing)
+        if training.compile:
+            compile_layers(layers)
     return model
 
 

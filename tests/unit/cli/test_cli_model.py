@@ -49,6 +49,21 @@ def test_show_folds_equal_layers_and_counts(spec: str) -> None:
     assert sum("mixer_norm" in line for line in lines) == 2
 
 
+def test_show_lists_multi_token_apart(spec: str) -> None:
+    shown = run("show", spec, "multi_token={kind: sequential, depth: 1}")
+    plain = run("show", spec)
+    # A layer as the last of the stack (a sandwich, so four norms), the projection, and three norms around them.
+    module = 4 * 16 + 3 * 16 * 16 + 3 * 16 * 24 + 2 * 16 * 16 + 3 * 16
+    (line,) = [line for line in shown.splitlines() if "multi_token  SequentialMultiToken" in line]
+    assert f"{module:,} parameters" in line
+    assert any("project  Linear  [16 × 32] row" in line for line in shown.splitlines())
+    assert "Only training runs multi_token" in shown
+    assert "multi_token" not in plain
+    first, without = shown.splitlines()[0].split("parameters"), plain.splitlines()[0].split("parameters")
+    assert first[1] == without[1], "FLOPs and cache are those of inference"
+    assert first[0] != without[0]
+
+
 def test_show_takes_recipes_overrides_and_length() -> None:
     quickstart = str(Path(__file__).parents[3] / "recipes/quickstart.yaml")
     shown = run("show", quickstart, "preset=null", "model.dim=96", "--length", "100")

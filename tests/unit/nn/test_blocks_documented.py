@@ -11,6 +11,7 @@ from treadle.nn.config import (
     FeedForwardConfig,
     LayerConfig,
     MixerConfig,
+    MultiTokenConfig,
     NormConfig,
     PositionConfig,
     RouterConfig,
@@ -28,6 +29,7 @@ FAMILIES = (
     AbsolutePositionConfig,
     RopeScalingConfig,
     RouterConfig,
+    MultiTokenConfig,
 )
 DENSE = {"kind": "dense", "dim": 8}
 ATTENTION = {"kind": "attention", "heads": 32}
@@ -45,10 +47,14 @@ def test_every_kind_is_listed() -> None:
 
 def test_every_line_of_yaml_is_a_model() -> None:
     inline = [yaml.safe_load(text) for text in re.findall(r"^\| `(\{?kind:.*?)` \|", PAGE, re.MULTILINE)]
-    blocks = [yaml.safe_load(text)["feedforward"] for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    sections = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    blocks = [section["feedforward"] for section in sections if "feedforward" in section]
     assert len(inline) >= 14
     assert len(blocks) >= 4
     plain = {"kind": "pre_norm", "mixer": ATTENTION, "feedforward": DENSE}
+    for section in sections:
+        if "feedforward" not in section:  # a key of the model itself
+            resolve(TransformerConfig, {"dim": 2048, "max_length": 64, "layers": [plain], **section})
     for block in [*inline, *blocks]:
         kind = block["kind"]
         if kind == "cycle":

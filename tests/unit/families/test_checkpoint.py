@@ -1,0 +1,189 @@
+"""Published checkpoints that do not fit, shards, and how much is in memory at a time."""
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from treadle.config import resolve
+from treadle.errors import CheckpointError, ConfigError
+from treadle.families import checkpoint
+from treadle.families.family import Family, find
+from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.nn.weights import INDEX_FILE, WEIGHTS_FILE, WeightsReader, WeightsWriter
+
+LAYER: dict[str, Any] = {
+    "kind": "pre_norm",
+    "repeat": 3,
+    "norm": {"kind": "rms", "eps": 1e-6},
+    "mixer": {"kind": "attention", "heads": 4, "kv_heads": 2},
+    "feedforward": {"kind": "gated", "dim": 24},
+}
+SPEC = {"dim": 16, "vocab_size": 50, "max_length": 32, "layers": [LAYER], "norm": {"kind": "rms", "eps": 1e-6}}
+
+
+def build(**changes: Any) -> Transformer:
+    model: Transformer = resolve(TransformerConfig, {**SPEC, **changes}).build()
+    return model.initialise(0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    checkpoint.save(build(), tmp_path, family="llama")
+    return tmp_path
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change keys of the config.json; a value of None takes the key out."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_every_problem_of_the_tensors_is_listed_once(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for i in range(3):
+        tensors[f"model.layers.{i}.mlp.gates_proj.weight"] = tensors.pop(f"model.layers.{i}.mlp.gate_proj.weight")
+    tensors["model.norm.weight"] = torch.zeros(17)
+    tensors["model.extra"] = torch.zeros(2, 3)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(folder)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:]]
+    assert lines == [
+        "missing model.layers.{0-2}.mlp.gate_proj.weight [24 x 16] (3 tensors);"
+        " Did you mean 'model.layers.0.mlp.gates_proj.weight'?",
+        "left over model.extra [2 x 3]",
+        "left over model.layers.{0-2}.mlp.gates_proj.weight [24 x 16] (3 tensors)",
+        "model.norm.weight [16] in the model, 17 in the file",
+    ]
+
+
+def test_a_key_without_a_rule_is_refused_unless_it_is_off(folder: Path) -> None:
+    edit(folder, clip_qkv=8.0, use_magic=False)
+    with pytest.raises(CheckpointError, match=r"'llama' does not understand clip_qkv=8\.0, and computing without it"):
+        checkpoint.load(folder)
+
+
+def test_a_missing_key_and_a_wrong_value_name_themselves(folder: Path) -> None:
+    edit(folder, num_attention_heads=None)
+    with pytest.raises(CheckpointError, match=r"lacks the key 'num_attention_heads'\. Did you mean"):
+        checkpoint.load(folder)
+    edit(folder, num_attention_heads=4, hidden_act="snake")
+    with pytest.raises(CheckpointError, match="unknown activation 'snake'"):
+        checkpoint.load(folder)
+    edit(folder, hidden_act="silu", rope_scaling={"rope_type": "spiral"}, rope_parameters={})
+    with pytest.raises(CheckpointError, match="unknown type 'spiral'"):
+        checkpoint.load(folder)
+    edit(folder, rope_scaling={"rope_type": "linear", "factor": 2.0, "twist": 1})
+    with pytest.raises(CheckpointError, match="type 'linear' has no 'twist'"):
+        checkpoint.load(folder)
+
+
+def test_an_unknown_family_tells_the_nearest_and_what_it_would_not_understand(folder: Path) -> None:
+    edit(folder, model_type="lama", new_trick=3)
+    with pytest.raises(CheckpointError, match=r"unknown family 'lama'\. Did you mean 'llama'\?") as caught:
+        checkpoint.load(folder)
+    assert "does not understand: new_trick" in str(caught.value)
+    assert "docs/families.md" in str(caught.value)
+
+
+def test_pickles_are_refused(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
+        checkpoint.load(folder)
+
+
+def test_damage_is_named(folder: Path) -> None:
+    whole = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        checkpoint.load(folder)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="expected a JSON object"):
+        checkpoint.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        checkpoint.load(folder)
+
+
+def test_a_model_that_the_family_cannot_say_is_refused_with_every_difference(tmp_path: Path) -> None:
+    model = build(softcap=30.0, layers=[{**LAYER, "mixer": {**LAYER["mixer"], "window": 8, "sinks": True}}])
+    with pytest.raises(ConfigError, match="no 'llama', which could not say all of it") as caught:
+        checkpoint.save(model, tmp_path, family="llama")
+    for line in ("layers[2].mixer.window: 8 here, None there", "softcap: 30.0 here, None there", "mixer.sinks: True"):
+        assert line in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="no family can say all of this model"):
+        checkpoint.save(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"unknown family 'lamma'\. Did you mean"):
+        checkpoint.save(model, tmp_path, family="lamma")
+
+
+def test_shards_are_written_and_read_and_replace_what_was_there(folder: Path) -> None:
+    before = load_file(folder / WEIGHTS_FILE)
+    model = checkpoint.load(folder)
+    checkpoint.save(model, folder, family="llama", shard_bytes=4000)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    files = {*index["weight_map"].values()}
+    assert len(files) > 2
+    assert not (folder / WEIGHTS_FILE).exists()
+    assert {p.name for p in folder.glob("*.safetensors")} == files
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in before.values())
+    again = checkpoint.load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    (folder / sorted(files)[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"tensors of {sorted(files)[1]} are not there"):
+        checkpoint.load(folder)
+
+
+def test_a_failed_write_leaves_what_was_there(folder: Path) -> None:
+    before = (folder / WEIGHTS_FILE).read_bytes()
+
+    def write() -> None:
+        with WeightsWriter(folder, shard_bytes=64) as writer:
+            writer.add("a", torch.zeros(100))
+            writer.add("b", torch.zeros(100))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write()
+    assert (folder / WEIGHTS_FILE).read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", WEIGHTS_FILE]
+
+
+def test_few_tensors_are_in_memory_at_a_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+    read = WeightsReader.tensor
+
+    def counted(self: WeightsReader, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(self, name)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(WeightsReader, "tensor", counted)
+    checkpoint.load(folder)
+    assert most <= 4, "the pieces of one parameter, and the last one of the parameter before"
+    checkpoint.convert(folder, tmp_path / "ours")
+    assert most <= 4
+
+
+def test_a_bare_model_without_prefix_is_read(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    edit(folder, tie_word_embeddings=True)
+    del tensors["lm_head.weight"]
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    model = checkpoint.load(folder)
+    assert model.head.weight is model.embedding.weight
+    assert torch.equal(model.embedding.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_find_returns_the_registered_family() -> None:
+    assert find({"model_type": "llama"}) is Family.registry["llama"]
