@@ -48,12 +48,13 @@ def test_every_kind_is_listed() -> None:
 def test_every_line_of_yaml_is_a_model() -> None:
     inline = [yaml.safe_load(text) for text in re.findall(r"^\| `(\{?kind:.*?)` \|", PAGE, re.MULTILINE)]
     sections = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    blocks = [section["feedforward"] for section in sections if "feedforward" in section]
-    assert len(inline) >= 14
-    assert len(blocks) >= 4
+    parts = ("feedforward", "mixer")
+    blocks = [section[part] for section in sections for part in parts if part in section]
+    assert len(inline) >= 15
+    assert len(blocks) >= 5
     plain = {"kind": "pre_norm", "mixer": ATTENTION, "feedforward": DENSE}
     for section in sections:
-        if "feedforward" not in section:  # a key of the model itself
+        if not any(part in section for part in parts):  # a key of the model itself
             resolve(TransformerConfig, {"dim": 2048, "max_length": 64, "layers": [plain], **section})
     for block in [*inline, *blocks]:
         kind = block["kind"]
