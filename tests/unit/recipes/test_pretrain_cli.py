@@ -99,7 +99,7 @@ def test_load_gives_the_same_model_everywhere(workplace, launcher, run, tmp_path
 
 
 def test_load_refuses_what_is_no_model(tmp_path, workplace):
-    with pytest.raises(CheckpointError, match=r"holds neither final/model\.yaml nor a complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"holds neither final/model\.yaml, nor a config\.json, nor a complete"):
         treadle.load(tmp_path)
     with pytest.raises(RunError, match="no such run"):
         treadle.load("nothing", root=workplace / "runs")
