@@ -46,3 +46,9 @@ def cache_elements(model: nn.Module) -> int:
     """Numbers kept per token in inference, over all layers."""
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "cache_elements")]
     return sum(module.cache_elements() for module in modules)
+
+
+def state_elements(model: nn.Module) -> int:
+    """Numbers kept per row in inference, whatever its length, over all layers: the states of recurrent mixers."""
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "state_elements")]
+    return sum(module.state_elements() for module in modules)
