@@ -31,15 +31,18 @@ def show(
     """Print the modules with shapes, roles, parameters and FLOPs per token; equal layers are shown once."""
     from rich.console import Console
 
+    from treadle.nn import flops
+
     model = _build(_load(spec, overrides or []))
     length = length or model.config.max_length
     console = Console()
     if not console.is_terminal:
         console.width = 400  # a file has no edge to wrap at
     console.print(_tree(model, length))
-    console.print(
-        f"Per token: forward FLOPs at a length of {length:,} (causal), numbers kept in the cache.", highlight=False
-    )
+    legend = f"Per token: forward FLOPs at a length of {length:,} (causal), numbers kept in the cache."
+    if flops.state_elements(model):
+        legend += " Per row: numbers kept in the state."
+    console.print(legend, highlight=False)
     if model.multi_token is not None:
         console.print("Only training runs multi_token: the model's own FLOPs and cache leave it out.", highlight=False)
 
@@ -108,6 +111,7 @@ def _costs(model: "nn.Module", length: int) -> dict[str, str]:
         "active": f"{active:,}" if active != total else "",
         "FLOPs": _short(flops.forward_flops(model, length)),
         "cache": f"{flops.cache_elements(model):,}",
+        "state": f"{flops.state_elements(model):,}",
     }
 
 

@@ -60,6 +60,12 @@ def cache_elements(model: nn.Module) -> int:
     return sum(module.cache_elements() for module in modules)
 
 
+def state_elements(model: nn.Module) -> int:
+    """Numbers kept per row in inference, whatever its length, over all layers: the states of recurrent mixers."""
+    modules: list[Any] = [module for module in _inference_modules(model) if hasattr(module, "state_elements")]
+    return sum(module.state_elements() for module in modules)
+
+
 def _inference_modules(model: nn.Module) -> Iterator[nn.Module]:
     """All modules but those of the model's `multi_token`, which only training runs."""
     extra = getattr(model, "multi_token", None)

@@ -2,11 +2,13 @@
 
 Each element is a hash of its index (splitmix64; Steele et al. 2014), turned into a normal number. No generator state
 exists: a rank can fill its own piece without the rest, and a parameter's values do not depend on which others exist.
+A block whose own parameters start otherwise has `initial(name, uniform)`, which turns uniform numbers into their values.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -61,8 +63,11 @@ def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int) -
     roles = parameter_roles(model)
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        owner = modules[name.rpartition(".")[0]]
-        if is_matrix(name, roles[name], parameter):
+        path, leaf = name.rpartition(".")[::2]
+        owner = modules[path]
+        if hasattr(owner, "initial"):
+            fill(parameter, partial(owner.initial, leaf), seed=seed, name=name)
+        elif is_matrix(name, roles[name], parameter):
             role: Role = owner.alone if isinstance(owner, GroupedLinear) else roles[name]
             std = config.matrix_std(role, parameter.shape[-1], depth)
             for part, values in _parts(name, owner, parameter):
@@ -89,14 +94,23 @@ def _parts(name: str, owner: nn.Module, parameter: Tensor) -> Iterator[tuple[str
 
 
 def fill_normal(values: Tensor, std: float, *, seed: int, name: str) -> None:
-    """Fill with normal numbers of standard deviation `std`; element i is a function of (seed, name, i) alone."""
+    """Fill with normal numbers of standard deviation `std`, each a function of (seed, name, its index) alone."""
+    scale = std * math.sqrt(2)
+    fill(values, lambda uniform: torch.erfinv(uniform.mul_(2).sub_(1)).mul_(scale), seed=seed, name=name)
+
+
+def fill(values: Tensor, function: Callable[[Tensor], Tensor], *, seed: int, name: str) -> None:
+    """Fill with `function`, elementwise, of float64 numbers that are uniform between 0 and 1 (both excluded).
+
+    Number i is a function of (seed, name, i) alone.
+    """
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
     flat = values.view(-1)
     for start in range(0, flat.numel(), CHUNK):
         index = torch.arange(start, min(start + CHUNK, flat.numel()), device=values.device)
         uniform = ((_splitmix64(index, key) >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)
-        flat[start : start + CHUNK] = torch.erfinv(uniform.mul_(2).sub_(1)).mul_(std * math.sqrt(2)).to(values.dtype)
+        flat[start : start + CHUNK] = function(uniform).to(values.dtype)
 
 
 def _splitmix64(index: Tensor, key: int) -> Tensor:

@@ -22,8 +22,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
 
 def is_matrix(name: str, role: Role, parameter: nn.Parameter) -> bool:
-    """Whether a parameter maps vectors, or holds one per token: not a norm's factor, a bias or another vector."""
-    return parameter.ndim >= 2 and role != "norm" and not name.endswith("bias")
+    """Whether a parameter maps vectors, or holds one per token: no norm's factor, bias, filter or other vector."""
+    return role != "norm" and not name.endswith("bias") and parameter.ndim == (3 if role == "expert" else 2)
 
 
 def _role(name: str, modules: dict[str, nn.Module]) -> Role:
