@@ -11,10 +11,10 @@ from treadle.data.tokenizer import Tokenizer
 from treadle.errors import CheckpointError
 from treadle.nn.store import SPEC_FILE, build_meta, load_model
 from treadle.nn.transformer import Transformer, TransformerConfig
-from treadle.train.checkpoint import Checkpointer
+from treadle.train.checkpoint import CHECKPOINTS, Checkpointer
 from treadle.train.config import CheckpointConfig
 
-FINAL, CHECKPOINTS, TOKENIZER = "final", "checkpoints", "tokenizer"
+FINAL, TOKENIZER = "final", "tokenizer"
 
 
 def load(

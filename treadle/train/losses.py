@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from treadle.data.loader import Batch
+from treadle.data.packing import Batch
 from treadle.nn.transformer import Transformer
 
 
