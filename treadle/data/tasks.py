@@ -27,8 +27,7 @@ class Draws:
     """Random numbers by sample number. Draws of another seed, or of held-out samples, are unrelated."""
 
     def __init__(self, seed: int, held_out: bool = False):
-        state = np.array([seed], dtype=np.uint64)
-        self.state = mix(mix(state + GOLDEN) + np.uint64(1 + held_out) * GOLDEN)
+        self.state = mix(mix(np.array([seed], dtype=np.uint64) + GOLDEN) + np.array([held_out], dtype=np.uint64))
 
     def uniform(self, samples_B: np.ndarray, count: int) -> np.ndarray:
         """`count` numbers of each sample.  int64 [B] -> float64 [B, count] in [0, 1)"""
