@@ -84,7 +84,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, runs="mqar", jobs=6)
+    parser = arguments(__doc__, runs="mqar", jobs=9)
     parser.add_argument("--only", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="mixers")
     asked = parser.parse_args()
     carry_out(asked, "mqar", measure, draw, table)
