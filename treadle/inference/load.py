@@ -13,10 +13,10 @@ from treadle.families import checkpoint as published
 from treadle.nn.store import SPEC_FILE, build_meta, load_model
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.nn.weights import WeightsReader, weight_files
-from treadle.train.checkpoint import Checkpointer
+from treadle.train.checkpoint import CHECKPOINTS, Checkpointer
 from treadle.train.config import CheckpointConfig
 
-FINAL, CHECKPOINTS, TOKENIZER = "final", "checkpoints", "tokenizer"
+FINAL, TOKENIZER = "final", "tokenizer"
 
 
 def load(

@@ -109,8 +109,8 @@ def plot_runs(
 
     `x` is step, tokens, time or flops. Raises RunError for a metric that a run lacks and for an unknown suffix.
     """
-    with _style():
-        figure = _figure(width=min(6.4 * len(metrics), 15), height=4.2)
+    with house_style():
+        figure = new_figure(width=min(6.4 * len(metrics), 15), height=4.2)
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         labels = _labels(runs)
         for panel, metric in zip(panels, metrics, strict=True):
@@ -127,7 +127,7 @@ def plot_runs(
             panels[0].legend(loc="best")
         else:
             figure.suptitle(labels[0], x=0.01, ha="left", fontsize=12)
-        return _save(figure, output)
+        return save_figure(figure, output)
 
 
 def plot_training(folder: Path, output: Path) -> Path:
@@ -137,8 +137,8 @@ def plot_training(folder: Path, output: Path) -> Path:
     small = [name for name in SMALL_PANELS if name in names]
     if "loss" not in names and not evaluations:
         raise RunError(f"{folder}: no loss has been logged yet.")
-    with _style():
-        figure = _figure(width=11 if small else 7, height=5.2)
+    with house_style():
+        figure = new_figure(width=11 if small else 7, height=5.2)
         grid = figure.add_gridspec(max(len(small), 1), 2 if small else 1, width_ratios=[2.1, 1] if small else None)
         main = figure.add_subplot(grid[:, 0])
         if "loss" in names:
@@ -155,7 +155,7 @@ def plot_training(folder: Path, output: Path) -> Path:
         for row, panel_metric in enumerate(small):
             _small_panel(figure.add_subplot(grid[row, 1]), folder, panel_metric, last=row == len(small) - 1)
         figure.suptitle(Path(folder).absolute().name, x=0.01, ha="left", fontsize=12)
-        return _save(figure, output)
+        return save_figure(figure, output)
 
 
 def _small_panel(panel: "Axes", folder: Path, metric: str, last: bool) -> None:
@@ -234,20 +234,20 @@ def _without_date(run_id: str) -> str:
     return re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", run_id)
 
 
-def _style() -> AbstractContextManager[None]:
+def house_style() -> AbstractContextManager[None]:
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     # A Figure without pyplot renders with Agg, needs no display, and leaves the caller's backend alone.
     return Figure(figsize=(width, height))
 
 
-def _save(figure: "Figure", output: Path) -> Path:
+def save_figure(figure: "Figure", output: Path) -> Path:
     formats = figure.canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in formats:
         raise RunError(f"{output}: cannot write a '{output.suffix}' file. Known: {', '.join(sorted(formats))}.")

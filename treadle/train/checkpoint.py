@@ -24,6 +24,7 @@ from treadle.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"  # in the run folder
 FACTS_FILE = "checkpoint.json"
 FORMAT = "treadle-checkpoint-1"
 _NAME = re.compile(r"step-(\d{8,})")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from treadle.attention import AttentionContext
-from treadle.data.loader import Batch
+from treadle.data.packing import Batch
 from treadle.nn.multi_token import ahead
 from treadle.nn.transformer import Transformer
 

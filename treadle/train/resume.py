@@ -3,13 +3,13 @@
 from typing import Any
 
 from treadle.config import diff, resolve, to_dict
-from treadle.data.loader import Loader
+from treadle.data.batches import Batches
 from treadle.errors import CheckpointError
 from treadle.nn.transformer import TransformerConfig
 from treadle.train.checkpoint import Checkpointer
 
 
-def check_resume(checkpointer: Checkpointer, loader: Loader, spec: TransformerConfig, end: int) -> int | None:
+def check_resume(checkpointer: Checkpointer, batches: Batches, spec: TransformerConfig, end: int) -> int | None:
     """The step to go on from; None when there is no complete checkpoint. Changes nothing.
 
     spec: the model's config. end: the run's number of steps. Raises CheckpointError for another architecture, another
@@ -26,9 +26,9 @@ def check_resume(checkpointer: Checkpointer, loader: Loader, spec: TransformerCo
             f"{checkpointer.path(step)} holds another architecture ({shown}); restore the configuration of that run, "
             f"or start a new one"
         )
-    if loader.resume(facts["data"]) != step:
+    if batches.resume(facts["data"]) != step:
         raise CheckpointError(
-            f"training.batch_size: {loader.batch_size}, but {checkpointer.path(step)} was made with batches of "
+            f"training.batch_size: {batches.batch_size}, but {checkpointer.path(step)} was made with batches of "
             f"{facts['data']['batch_size']}, and the step counts them; restore that, or start a new run"
         )
     if step > end:

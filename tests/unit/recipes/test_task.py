@@ -1,0 +1,100 @@
+"""The task recipe: it learns, it goes on exactly where it stopped, and it says what is wrong."""
+
+import pytest
+import torch
+import yaml
+from recipe_zoo import records, status
+
+import treadle
+from treadle import recipes
+from treadle.errors import CheckpointError, ConfigError, DataError
+from treadle.nn.store import load_model
+
+
+def write_recipe(folder, **changes):
+    layer = {
+        "kind": "pre_norm",
+        "repeat": 2,
+        "mixer": {"kind": "attention", "heads": 2, "position": None},
+        "feedforward": {"kind": "gated", "dim": 64},
+    }
+    training = {"steps": 8, "sequence_length": 16, "batch_size": 8, "precision": "fp32", "compile": False}
+    plain = {
+        "recipe": "task",
+        "device": "cpu",
+        "task": {"kind": "mqar", "pairs": 3, "vocab_size": 16},
+        "model": {"dim": 32, "max_length": 16, "position": "learned", "layers": [layer]},
+        "training": {**training, "log_every": 1},
+        "optimizer": {"kind": "muon", "lr": 1e-2},
+        "schedule": {"kind": "constant", "warmup": 2},
+        "checkpoint": {"every": 3},
+        "evaluate": {"samples": 50},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**plain, **changes}))
+    return path
+
+
+def test_it_learns_to_recall(tmp_path):
+    changes = ["training.steps=500", "training.batch_size=64", "training.log_every=100", "evaluate.samples=500"]
+    folder = treadle.run(write_recipe(tmp_path), [*changes, f"folder={tmp_path / 'run'}", "schedule=cosine"])
+    losses = [record["loss"] for record in records(folder)]
+    assert losses[-1] < losses[0] / 10
+    (evaluation,) = records(folder, "evaluate")
+    assert evaluation["accuracy"] > 0.95
+    assert status(folder)["summary"] == {"accuracy": evaluation["accuracy"]}
+    assert accuracy_by_hand(folder, recipes.load(folder / "config.yaml")) == evaluation["accuracy"]
+
+
+def accuracy_by_hand(folder, config):
+    """Row by row: the likeliest token after each query."""
+    model = load_model(folder / "final")
+    batches = config.batches(held_out=True, batch_size=1)
+    right = asked = 0
+    for row in range(config.evaluate.samples):
+        batch = batches.batch(row)
+        with torch.no_grad():
+            answers = model(batch.tokens_BS)[0].argmax(-1).tolist()
+        for answer, target in zip(answers, batch.targets_BS[0].tolist(), strict=True):
+            if target != -100:
+                right, asked = right + (answer == target), asked + 1
+    return right / asked
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    recipe = write_recipe(tmp_path)
+    whole = treadle.run(recipe, [f"folder={tmp_path / 'whole'}"])
+    half = treadle.run(recipe, [f"folder={tmp_path / 'half'}", "training.steps=5"])
+    treadle.run(overrides=["training.steps=8", "training.micro_batch_size=8"], resume=half)
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        assert [r[key] for r in records(half)] == [r[key] for r in records(whole)]
+    weights = "final/model.safetensors"
+    assert (half / weights).read_bytes() == (whole / weights).read_bytes()
+    assert status(half)["resumes"] == 1
+    with pytest.raises(DataError, match=r"data\.task: the run was stopped with .* and is resumed with"):
+        treadle.run(overrides=["task.pairs=2"], resume=half)
+    with pytest.raises(CheckpointError, match="holds another architecture"):
+        treadle.run(overrides=["model.layers.0.feedforward.dim=96"], resume=half)
+    with pytest.raises(DataError, match="tokenizer"):
+        treadle.load(half)  # there is no text to generate
+
+
+def test_the_vocabulary_is_the_tasks(tmp_path):
+    folder = treadle.run(write_recipe(tmp_path), ["training.steps=1", f"folder={tmp_path / 'run'}"])
+    assert load_model(folder / "final").head.weight.shape == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("task.pairs=5", r"task\.pairs: 5 pairs and as many queries need rows of 20 tokens, not 16"),
+        ("task.vocab_size=6", r"task\.vocab_size: 6 has too few keys for 3 pairs; raise it to 8"),
+        ("model.vocab_size=15", r"model\.vocab_size: 15 is less than task\.vocab_size=16"),
+        ("task=mqra", r"task: unknown kind 'mqra'\. Did you mean 'mqar'\?"),
+        ("training.sequence_length=17", r"training\.sequence_length: 17 is more than model\.max_length=16"),
+        ("evaluate.samples=0", r"evaluate\.samples"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        recipes.load(write_recipe(tmp_path), [change])

@@ -1,0 +1,137 @@
+"""Tasks whose rows are made, not read: sample g is a function of the seed and g, so any split and resume is exact.
+
+A task says what a row asks and what the answers are. A target that is no answer is -100: it is neither trained on nor
+counted. B rows, S sequence, P key-value pairs, N random numbers of a row.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from treadle.attention.context import AttentionContext
+from treadle.config import Kind
+from treadle.data.batches import Batches
+from treadle.data.packing import Batch
+from treadle.data.permutation import mix
+from treadle.kernels.linear_cross_entropy import IGNORED
+
+VERSION = 1  # of what the samples of the same task and seed are
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Draws:
+    """Random numbers by sample number. Draws of another seed, or of held-out samples, are unrelated."""
+
+    def __init__(self, seed: int, held_out: bool = False):
+        self.state = mix(mix(np.array([seed], dtype=np.uint64) + GOLDEN) + np.array([held_out], dtype=np.uint64))
+
+    def uniform(self, samples_B: np.ndarray, count: int) -> np.ndarray:
+        """`count` numbers of each sample.  int64 [B] -> float64 [B, count] in [0, 1)"""
+        key_B1 = mix(self.state ^ mix(samples_B.astype(np.uint64) + GOLDEN))[:, None]
+        bits_BN = mix(key_B1 + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
+        return (bits_BN >> np.uint64(11)) * 2.0**-53
+
+
+class TaskConfig(Kind):
+    """What the rows of a task are."""
+
+    vocab_size: PositiveInt = Field(8192, description="tokens that the task is written in")
+
+    def problems(self, length: int) -> Iterator[tuple[str, str]]:
+        """(key, message) for each value that is impossible in rows of `length` tokens."""
+        yield from ()
+
+    @abstractmethod
+    def rows(self, samples_B: np.ndarray, length: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of these sample numbers, independent of each other.  -> int64 tokens_BS, targets_BS"""
+
+
+class MQARConfig(TaskConfig):
+    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927).
+
+    A row begins with `pairs` keys, each followed by its value. Then each key comes once more, and its value is to be
+    predicted. Keys are all different, values too. The place of a query after the pairs follows a power law, as
+    repetitions do in text: near places are likelier. Between queries stands token 0, and the answers stand nowhere.
+    """
+
+    kind: Literal["mqar"] = "mqar"
+    pairs: PositiveInt = Field(description="key-value pairs of a row")
+    power: PositiveFloat = Field(0.01, description="a of the density gap^(a-1) of query places; 1: all alike")
+
+    def problems(self, length: int) -> Iterator[tuple[str, str]]:
+        if length < 4 * self.pairs:
+            yield "pairs", f"{self.pairs} pairs and as many queries need rows of {4 * self.pairs} tokens, not {length}"
+        if self.vocab_size // 2 - 1 < self.pairs:
+            least = 2 * self.pairs + 2
+            yield "vocab_size", f"{self.vocab_size} has too few keys for {self.pairs} pairs; raise it to {least}"
+
+    def rows(self, samples_B: np.ndarray, length: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        B, P, half = len(samples_B), self.pairs, self.vocab_size // 2
+        slots = (length - 2 * P) // 2  # places for a query: every second token after the pairs
+        u_BN = draws.uniform(samples_B, 2 * P + slots)
+        keys_BP = 1 + distinct(u_BN[:, :P], half - 1)
+        values_BP = half + distinct(u_BN[:, P : 2 * P], self.vocab_size - half)
+        places_BP = 2 * P + 2 * weighted(u_BN[:, 2 * P :], np.arange(1, slots + 1) ** (self.power - 1), P)
+        tokens_BS = np.zeros((B, length), dtype=np.int64)
+        tokens_BS[:, 0 : 2 * P : 2], tokens_BS[:, 1 : 2 * P : 2] = keys_BP, values_BP
+        targets_BS = np.full((B, length), IGNORED, dtype=np.int64)
+        np.put_along_axis(tokens_BS, places_BP, keys_BP, axis=1)
+        np.put_along_axis(targets_BS, places_BP, values_BP, axis=1)
+        return tokens_BS, targets_BS
+
+
+def distinct(u_BP: np.ndarray, n: int) -> np.ndarray:
+    """P different numbers below n in each row, every choice and order alike.  [0, 1) -> int64 [B, P]
+
+    The first P steps of a Fisher-Yates shuffle, in all rows at once.
+    """
+    B, P = u_BP.shape
+    pool_BN, rows_B = np.tile(np.arange(n, dtype=np.int32), (B, 1)), np.arange(B)
+    for i in range(P):
+        other_B = i + (u_BP[:, i] * (n - i)).astype(np.int64)
+        pool_BN[rows_B, other_B], pool_BN[:, i] = pool_BN[:, i].copy(), pool_BN[rows_B, other_B]
+    return pool_BN[:, :P].astype(np.int64)
+
+
+def weighted(u_BN: np.ndarray, weights_N: np.ndarray, count: int) -> np.ndarray:
+    """`count` different indices below N in each row, drawn one after the other in proportion to their weights.
+
+    By sorting u^(1/weight) (Efraimidis and Spirakis 2006).  [0, 1) -> int64 [B, count]
+    """
+    return np.argsort(-np.log1p(-u_BN) / weights_N, axis=1, kind="stable")[:, :count]
+
+
+class TaskBatches(Batches):
+    """The batches of a task: the training samples, or held-out ones, which are others."""
+
+    def __init__(
+        self,
+        task: TaskConfig,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        held_out: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        super().__init__(batch_size, rank, world)
+        self.task, self.sequence_length, self.seed = task, sequence_length, seed
+        self.draws = Draws(seed, held_out)
+
+    def samples(self, start: int, stop: int) -> Batch:
+        samples_B = np.arange(start, stop, dtype=np.int64)
+        tokens_BS, targets_BS = self.task.rows(samples_B, self.sequence_length, self.draws)
+        context = AttentionContext.causal(*tokens_BS.shape)
+        valid = int((targets_BS != IGNORED).sum())
+        made = (torch.from_numpy(array) for array in (samples_B * 0, samples_B))
+        return Batch(torch.from_numpy(tokens_BS), torch.from_numpy(targets_BS), context, valid, *made)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        task = self.task.model_dump(mode="json")
+        return {"version": VERSION, "task": task, "sequence_length": self.sequence_length, "seed": self.seed}

@@ -1,0 +1,52 @@
+"""How many answers a model gets right: the likeliest token at each place that counts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import Field, PositiveInt
+
+from treadle.config import Config
+from treadle.data.packing import Batch
+from treadle.kernels.linear_cross_entropy import IGNORED
+from treadle.nn.transformer import Transformer
+
+
+class AccuracyConfig(Config):
+    """Held-out samples of a task, of which training sees none."""
+
+    every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
+    samples: PositiveInt = Field(1024, description="rows that are answered")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """correct: of `answers` places, those whose likeliest token is the target. rows_correct: rows without a miss."""
+
+    correct: int
+    answers: int
+    rows_correct: int
+    rows: int
+
+    def metrics(self) -> dict[str, float]:
+        return {"accuracy": self.correct / self.answers, "row_accuracy": self.rows_correct / self.rows}
+
+
+@torch.no_grad()
+def evaluate_accuracy(model: Transformer, batches: Iterable[Batch], *, attention: str = "auto") -> Accuracy:
+    """Answer every target of `batches` that is not -100. attention: the backend. The model's mode is left as it was."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    answers = rows = 0
+    for batch in batches:
+        on_device = batch.to(device)
+        hidden_BSD = model.hidden(on_device.tokens_BS, replace(on_device.context, backend=attention))
+        asked_BS = on_device.targets_BS != IGNORED
+        right_BS = torch.ones_like(asked_BS)
+        right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == on_device.targets_BS[asked_BS]
+        counts += torch.stack((right_BS[asked_BS].sum(), right_BS.all(dim=1).sum()))
+        answers, rows = answers + batch.valid_tokens, rows + len(asked_BS)
+    model.train(training)
+    correct, rows_correct = counts.tolist()
+    return Accuracy(correct, answers, rows_correct, rows)

@@ -1,0 +1,145 @@
+"""A training run, opened, trained and closed in the same way whatever is trained on: the keys, the folder, the loop."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field, NonNegativeInt, model_validator
+from rich.console import Console
+
+from treadle.config import Config, key_error, to_dict, to_yaml
+from treadle.data.batches import Batches
+from treadle.nn.flops import parameter_count
+from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.tracking.run import Run
+from treadle.tracking.sinks import Sink, TrackingConfig
+from treadle.train import callbacks
+from treadle.train.checkpoint import CHECKPOINTS, Checkpointer
+from treadle.train.config import CheckpointConfig, TrainingConfig
+from treadle.train.loop import Loop
+from treadle.train.losses import LossFunction
+from treadle.train.optimizers import AdamWConfig, OptimizerConfig
+from treadle.train.resume import check_resume
+from treadle.train.schedules import CosineConfig, ScheduleConfig
+from treadle.train.setup import build_model, build_state
+from treadle.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class SessionConfig(Config):
+    """The keys that all training recipes share; each names itself in `recipe` and adds what it trains on."""
+
+    recipe: str
+    imports: tuple[str, ...] = Field((), description="Python files or modules with blocks of your own")
+    name: str = Field(description="name of the run")
+    root: Path = Field(Path("runs"), description="folder that holds the run folders")
+    folder: Path | None = Field(None, description="exactly this run folder; null: root/name-date")
+    seed: NonNegativeInt = Field(0, description="of weights and data order")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    model: TransformerConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = AdamWConfig()
+    schedule: ScheduleConfig = CosineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _rows_fit_the_model(self) -> "SessionConfig":
+        length, longest = self.training.sequence_length, self.model.max_length
+        if length > longest:
+            raise key_error("training.sequence_length", f"{length} is more than model.max_length={longest}; raise that")
+        further = self.model.multi_token
+        if further is not None and length <= further.depth:
+            message = f"{length} must be more than model.multi_token.depth={further.depth}; raise it, or lower that"
+            raise key_error("training.sequence_length", message)
+        return self
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open run. Made by `open_session`."""
+
+    config: SessionConfig
+    run: Run
+    state: TrainState
+    batches: Batches
+    checkpointer: Checkpointer
+    console: Console
+
+    @property
+    def model(self) -> Transformer:
+        return self.state.model
+
+    def announce(self, data: str) -> None:
+        """Say what begins; `data` is what it is trained on."""
+        device = next(self.model.parameters()).device.type
+        told = f"run {self.run.id}: {parameter_count(self.model):,} parameters on {device}, {data}"
+        self.console.print(told, highlight=False, soft_wrap=True)
+
+    def train(self, loss: LossFunction, around: Sequence[callbacks.Callback], *, length: float) -> bool:
+        """Run the loop from the state's step on. Whether it came to the end; otherwise the run is marked interrupted.
+
+        around: callbacks after those for metrics, progress and checkpoints. length: tokens that attention spans, on
+        average, for FLOPs.
+        """
+        training, spec = self.config.training, to_dict(self.model.config)
+        positions = training.batch_size * training.sequence_length
+        metrics = callbacks.Metrics(self.run, training.log_every, positions, length)
+        progress = callbacks.ShowProgress(self.console, metrics)
+        save = callbacks.SaveCheckpoints(
+            self.checkpointer, lambda step: {"model": spec, "data": self.batches.state(step)}
+        )
+        everything = [metrics, progress, save, *around]
+        loop = Loop(self.state, training, self.config.schedule, loss, everything, rescue=self.run.folder)
+        batches = self.batches.iterate_micro(training.rows, self.state.step, training.steps)
+        try:
+            loop.run(batches)
+        finally:
+            progress.close()
+            batches.close()
+            self.checkpointer.finish()
+        if self.state.step == training.steps:
+            return True
+        self.run.finish("interrupted")
+        stopped = f"stopped at step {self.state.step}; go on with: treadle train --resume {self.run.folder}"
+        self.console.print(stopped, soft_wrap=True, highlight=False)
+        return False
+
+
+@contextmanager
+def open_session(
+    config: SessionConfig,
+    spec: TransformerConfig,
+    batches: Batches,
+    sinks: Sequence[Sink],
+    *,
+    device: torch.device,
+    resume: Path | None,
+    console: Console,
+) -> Iterator[Session]:
+    """The run with its model and state at the step to go on from; it ends as the block does.
+
+    spec: `config.model` with its vocabulary. resume: the folder of a run to go on with, from its latest checkpoint.
+    Raises CheckpointError or DataError for a run that cannot go on like this, before anything in it is changed.
+    """
+    saved, yaml = to_dict(config), to_yaml(config)
+    if resume is None:
+        run, step = Run.create(config.root, config.name, saved, yaml, sinks, folder=config.folder), None
+    else:
+        checkpoints = Checkpointer(resume / CHECKPOINTS, config.checkpoint)
+        step = check_resume(checkpoints, batches, spec, config.training.steps)
+        run = Run.resume(resume, sinks, saved)
+    with run:
+        model = build_model(spec, config.training, seed=config.seed, device=device)
+        state = build_state(model, config.optimizer, config.training)
+        checkpointer = Checkpointer(run.folder / CHECKPOINTS, config.checkpoint)
+        if step is not None:
+            checkpointer.load(state, step)
+        elif resume is not None:
+            logger.warning("no complete checkpoint in %s: starting from step 0", checkpointer.folder)
+        run.accept_config(yaml)  # only now: a refused resume leaves the run's own configuration
+        yield Session(config, run, state, batches, checkpointer, console)
