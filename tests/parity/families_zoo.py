@@ -17,7 +17,7 @@ LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, o
 
 @dataclass(frozen=True)
 class Case:
-    """config: the class, less `Config`. model: the class; empty: config + ForCausalLM. lengths: of the compared rows."""
+    """config: the class, less `Config`. model: the class; empty: config + ForCausalLM. lengths: of rows compared."""
 
     config: str
     arguments: dict[str, Any] = field(default_factory=dict)

@@ -146,7 +146,7 @@ def find(config: Mapping[str, Any]) -> Family:
     if isinstance(config.get("text_config"), Mapping):
         raise ConfigError(
             f"config.json: model_type: '{name}' reads more than text, and only models of text alone are read here. "
-            "Save its language model by itself, config.json then being what is under text_config now"
+            "Save its language model by itself: in transformers, `model.model.language_model.save_pretrained(folder)`"
         )
     closest = min(families.values(), key=lambda family: len(family.not_understood(config)))
     unknown = closest.not_understood(config)
