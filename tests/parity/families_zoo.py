@@ -41,3 +41,133 @@ CASES: dict[str, Case] = {
     ),
     "llama-dynamic": Case("Llama", {**GROUPED, "rope_parameters": rope("dynamic", factor=2.0)}, lengths=(20, 64, 100)),
 }
+
+
+FOUR = {**GROUPED, "num_hidden_layers": 4}  # with a window of 8, shorter than two of the rows
+LOCAL = {**FOUR, "use_sliding_window": True, "sliding_window": 8}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 40}
+# Four frequencies of the eight channels that a head has here; beyond 32 tokens the long ones.
+LONG = rope("longrope", short_factor=[1.0, 1.1, 1.5, 2.0], long_factor=[1.5, 3.0, 9.0, 30.0])
+LONG |= {"original_max_position_embeddings": 32}
+PHI = {**GROUPED, "pad_token_id": None, "original_max_position_embeddings": 32}
+
+CASES |= {
+    "mistral": Case("Mistral", {**GROUPED, "sliding_window": 8, "head_dim": 16}),
+    "mistral-full-tied": Case("Mistral", {**GROUPED, "sliding_window": None, "tie_word_embeddings": True}),
+    "mixtral": Case("Mixtral", {**GROUPED, "num_local_experts": 4}),
+    "mixtral-window": Case(
+        "Mixtral", {**GROUPED, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 8}
+    ),
+    "qwen2": Case("Qwen2", GROUPED),
+    "qwen2-window-tied": Case("Qwen2", {**LOCAL, "max_window_layers": 1, "tie_word_embeddings": True}),
+    "qwen2-yarn": Case(
+        "Qwen2",
+        {**GROUPED, "rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=16)},
+        lengths=(10, 40, 100),
+    ),
+    "qwen3": Case("Qwen3", {**GROUPED, "head_dim": 16}),
+    "qwen3-window-bias-tied": Case(
+        "Qwen3",
+        {**LOCAL, "head_dim": 8, "max_window_layers": 3, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "qwen2-moe": Case("Qwen2Moe", {**GROUPED, **SHARED}),
+    "qwen2-moe-dense-layers": Case("Qwen2Moe", {**FOUR, **SHARED, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen2-moe-step-window": Case(
+        "Qwen2Moe", {**LOCAL, **SHARED, "decoder_sparse_step": 2, "qkv_bias": False, "max_window_layers": 3}
+    ),
+    "qwen3-moe": Case("Qwen3Moe", {**GROUPED, **EXPERTS, "head_dim": 8, "norm_topk_prob": True}),
+    "qwen3-moe-dense-layers-window": Case(
+        "Qwen3Moe", {**LOCAL, **EXPERTS, "head_dim": 16, "mlp_only_layers": [0, 1], "attention_bias": True}
+    ),
+    "gemma2": Case(
+        "Gemma2", {**FOUR, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 12, "attention_bias": True}
+    ),
+    "gemma2-caps": Case(
+        "Gemma2",
+        {
+            **FOUR,
+            "head_dim": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": Case(
+        "Gemma3Text", {**FOUR, "head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 3}, "Gemma3ForCausalLM"
+    ),
+    "gemma3-linear": Case(
+        "Gemma3Text",
+        {
+            **FOUR,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "final_logit_softcapping": 5.0,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": rope("linear", factor=8.0),
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        "Gemma3ForCausalLM",
+    ),
+    "phi3": Case("Phi3", {**GROUPED, "pad_token_id": None, "sliding_window": 8}),
+    "phi3-longrope": Case("Phi3", {**PHI, "rope_parameters": LONG}, lengths=(1, 32, 33, 60)),
+    "phi4-mini": Case(
+        "Phi3",
+        {
+            **PHI,
+            "num_attention_heads": 2,
+            "rope_parameters": {**LONG, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+        lengths=(1, 32, 33, 60),
+    ),
+    "smollm3": Case("SmolLM3", {**FOUR, "pad_token_id": None}),
+    "smollm3-window-bias": Case(
+        "SmolLM3",
+        {
+            **LOCAL,
+            "pad_token_id": None,
+            "no_rope_layers": [0, 1, 1, 0],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "granite": Case(
+        "Granite",
+        {
+            **GROUPED,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 13.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-bias": Case("Granite", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "olmo": Case("Olmo", GROUPED),
+    "olmo-clip-bias-tied": Case(
+        "Olmo", {**GROUPED, "clip_qkv": 0.5, "attention_bias": True, "tie_word_embeddings": True}
+    ),
+    "olmo2": Case("Olmo2", GROUPED),
+    "olmo2-bias-tied": Case("Olmo2", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
+    "olmoe": Case("Olmoe", {**GROUPED, "num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe-normalised": Case(
+        "Olmoe",
+        {**GROUPED, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "stablelm": Case("StableLm", {**GROUPED, "use_qkv_bias": True}),
+    "stablelm-12b": Case(
+        "StableLm",
+        {
+            **GROUPED,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+            "rope_parameters": {**rope("default"), "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ),
+}

@@ -26,6 +26,7 @@ NEUTRAL = frozenset(
         "attn_implementation",
         "auto_map",
         "bos_token_id",
+        "cache_implementation",
         "dtype",
         "embd_pdrop",
         "eos_token_id",
@@ -142,6 +143,11 @@ def find(config: Mapping[str, Any]) -> Family:
     families = Family.registry
     if name in families:
         return families[name]
+    if isinstance(config.get("text_config"), Mapping):
+        raise ConfigError(
+            f"config.json: model_type: '{name}' reads more than text, and only models of text alone are read here. "
+            "Save its language model by itself: in transformers, `model.model.language_model.save_pretrained(folder)`"
+        )
     closest = min(families.values(), key=lambda family: len(family.not_understood(config)))
     unknown = closest.not_understood(config)
     told = f"does not understand: {', '.join(unknown)}" if unknown else "understands all its keys: try that model_type"
@@ -177,6 +183,7 @@ def unrolled(spec: TransformerConfig) -> Document:
         if mixer.get("kind") == "attention":
             mixer["kv_heads"] = mixer["kv_heads"] or mixer["heads"]
             mixer["head_dim"] = mixer["head_dim"] or spec.dim // mixer["heads"]
+            mixer["scale"] = mixer["scale"] or mixer["head_dim"] ** -0.5
     said: Document = _without(plain)
     return said
 

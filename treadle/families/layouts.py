@@ -61,7 +61,8 @@ class Layout:
 class Plain(Layout):
     """The same tensor under another name; or one for each of our module's parts, experts or both.
 
-    `{part}` in the name stands for the part's name (or the one given for it), `{expert}` for the expert's number.
+    `{part}` in the name stands for the part's name (or the one given for it), `{expert}` for the expert's number, and
+    `{experts}` for `experts.` with the number and a dot, or for nothing in a layer that has none.
     """
 
     def __init__(self, name: str, **parts: str):
@@ -82,9 +83,18 @@ class Plain(Layout):
         start = 0
         for part, size in sizes.items():
             rows = slice(start, start + size)
-            name = source.format(part=self.parts.get(part, part), expert=expert)
+            experts = "" if expert is None else f"experts.{expert}."
+            name = source.format(part=self.parts.get(part, part), expert=expert, experts=experts)
             yield Piece(name, (size, *tensor.shape[1:]), whole, _then(inside, partial(_item, rows)))
             start += size
+
+
+class Rows(Layout):
+    """A tensor for each row of the parameter, such as a head's own weights; `{row}` in the name is its number."""
+
+    def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
+        for row in range(parameter.shape[0]):
+            yield Piece(source.format(row=row), tuple(parameter.shape[1:]), whole, partial(_item, row))
 
 
 class Transposed(Layout):

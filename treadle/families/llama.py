@@ -1,9 +1,11 @@
 """Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), of which many families are variations."""
 
+from typing import Any
+
 from treadle.families.family import Family
 from treadle.families.layouts import Layout
 from treadle.families.rope import Rope
-from treadle.families.rules import Activation, Key, Rule
+from treadle.families.rules import Activation, HeadDim, Key, Rule
 
 LAYER = {
     "kind": "pre_norm",
@@ -13,16 +15,26 @@ LAYER = {
 }
 MODEL = {"norm": {"kind": "rms"}}
 
-SIZES: tuple[Rule, ...] = (
-    Key("vocab_size", "vocab_size"),
-    Key("hidden_size", "dim"),
-    Key("max_position_embeddings", "max_length"),
-    Key("tie_word_embeddings", "tied", default=False),
-    Key("num_attention_heads", "layers.*.mixer.heads"),
-    Key("num_key_value_heads", "layers.*.mixer.kv_heads", default=None),
-)
-HEAD_DIM = Key("head_dim", "layers.*.mixer.head_dim", default=None)
-EPS = Key("rms_norm_eps", "norm.eps", "layers.*.norm.eps", default=1e-6)
+
+def sizes(*, kv_heads: Any = None, tied: bool = False) -> tuple[Rule, ...]:
+    """kv_heads, tied: what a config.json means that leaves the key out."""
+    return (
+        Key("vocab_size", "vocab_size"),
+        Key("hidden_size", "dim"),
+        Key("max_position_embeddings", "max_length"),
+        Key("tie_word_embeddings", "tied", default=tied),
+        Key("num_attention_heads", "layers.*.mixer.heads"),
+        Key("num_key_value_heads", "layers.*.mixer.kv_heads", default=kv_heads),
+    )
+
+
+def eps(default: float = 1e-6) -> Key:
+    return Key("rms_norm_eps", "norm.eps", "layers.*.norm.eps", "layers.*.mixer.qk_norm.eps", default=default)
+
+
+SIZES = sizes()
+HEAD_DIM = HeadDim()
+EPS = eps()
 FEED_FORWARD: tuple[Rule, ...] = (
     Key("intermediate_size", "layers.*.feedforward[gated].dim"),
     Activation("hidden_act", "layers.*.feedforward.activation", default="silu"),

@@ -88,10 +88,13 @@ class Rope(Rule):
                 layer["mixer"]["position"].update(position)
 
     def _parameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if self.layer_type is not None:
-            parameters = parameters.get(self.layer_type) or {}
-        return dict(parameters)
+        parameters, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+        if self.layer_type is None:
+            return dict(parameters or scaling or {})
+        if parameters:
+            return dict(parameters.get(self.layer_type) or {})
+        # Layers with a theta under a name of their own (the local ones of Gemma 3) were never scaled.
+        return dict(scaling or {}) if self.legacy[0] == "rope_theta" else {}
 
     def _scaling(self, name: str, parameters: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
         if name == "default":

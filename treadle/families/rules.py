@@ -6,6 +6,8 @@ feed-forward is of the kind `moe`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from math import gcd
 from typing import Any
 
 from treadle.config.base import nearest
@@ -108,7 +110,7 @@ class Activation(Key):
         names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == value]
         if not names:
             raise Mismatch(f"transformers has no name for the activation '{value}'")
-        return names[-1] if value == "gelu_tanh" and self.name == "hidden_activation" else names[0]
+        return "gelu_pytorch_tanh" if value == "gelu_tanh" and self.name == "hidden_activation" else names[0]
 
 
 class Fixed(Rule):
@@ -135,16 +137,26 @@ class Windows(Rule):
     LOCAL, FULL = "sliding_attention", "full_attention"
 
     def __init__(
-        self, default: Callable[[Mapping[str, Any], int], bool], *, window: int | None, names: tuple[str, ...] = ()
+        self,
+        default: Callable[[Mapping[str, Any], int], bool],
+        *,
+        window: int | None,
+        names: tuple[str, ...] = (),
+        switch: str | None = None,
+        typed: bool = True,
     ):
-        """default: (config, layer) -> whether it is local. names: further keys that `default` looks at."""
-        self.default, self.window = default, window
-        self.names = ("layer_types", "sliding_window", *names)
+        """default: (config, layer) -> whether it is local. names: further keys that `default` looks at.
+        switch: a key without which no layer is local. typed: whether the family has `layer_types`."""
+        self.default, self.window, self.switch, self.typed = default, window, switch, typed
+        own = ("sliding_window", *(("layer_types",) if typed else ()), *((switch,) if switch else ()))
+        self.names = (*own, *names)
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
-        window, types = config.get("sliding_window", self.window), config.get("layer_types")
+        window, types = config.get("sliding_window", self.window), config.get("layer_types") if self.typed else None
         if types is not None and len(types) != len(document["layers"]):
             raise ConfigError(f"config.json: layer_types has {len(types)} entries for {len(document['layers'])} layers")
+        if self.switch is not None and not config.get(self.switch):
+            window = None
         for i, layer in enumerate(document["layers"]):
             if types is not None and types[i] not in (self.LOCAL, self.FULL):
                 raise ConfigError(f"config.json: layer_types[{i}]: '{types[i]}'; known: {self.LOCAL}, {self.FULL}")
@@ -153,5 +165,105 @@ class Windows(Rule):
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
         windows = [layer["mixer"].get("window") for layer in document["layers"]]
-        config["layer_types"] = [self.FULL if window is None else self.LOCAL for window in windows]
-        config["sliding_window"] = next((window for window in windows if window is not None), None)
+        window = next((window for window in windows if window is not None), None)
+        if self.typed:
+            config["layer_types"] = [self.FULL if window is None else self.LOCAL for window in windows]
+        if self.switch is not None:
+            config[self.switch] = window is not None
+        if self.switch is None or window is not None:
+            config["sliding_window"] = window
+
+
+class Follows(Rule):
+    """A place that follows from other keys. Nothing is written: a model where it is otherwise is refused."""
+
+    def __init__(self, path: str, value: Callable[[Mapping[str, Any]], Any]):
+        self.path, self.value = path, value
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        for mapping, key in places(document, self.path):
+            mapping[key] = self.value(config)
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        pass
+
+
+class HeadDim(Rule):
+    """`head_dim`, which is said only where it is not hidden_size / num_attention_heads."""
+
+    names = ("head_dim",)
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        size = config.get("head_dim")
+        usual = config["hidden_size"] // config["num_attention_heads"]
+        for mapping, key in places(document, "layers.*.mixer.head_dim"):
+            mapping[key] = None if size == usual else size
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        for mixer, key in places(document, "layers.*.mixer.head_dim"):
+            if mixer[key] != document["dim"] // mixer["heads"]:
+                config["head_dim"] = mixer[key]
+
+
+class Written(Rule):
+    """A key that no model depends on, written because what transformers takes without it may not fit.
+
+    Such as the number of a padding token, which a smaller vocabulary than the published one lacks.
+    """
+
+    def __init__(self, name: str, value: Any):
+        self.names, self.value = (name,), value
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        pass
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        config[self.names[0]] = self.value
+
+
+class Ignored(Rule):
+    """Keys that are published and that no implementation has ever looked at."""
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        pass
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        pass
+
+
+class Sparse(Rule):
+    """Which layers are mixtures: each `decoder_sparse_step`-th, but for `mlp_only_layers` (Qwen).
+
+    Sets the whole feed-forward of every layer, so it stands before the rules that fill one in.
+    """
+
+    names = ("decoder_sparse_step", "mlp_only_layers")
+
+    def __init__(self, moe: Mapping[str, Any], dense: Mapping[str, Any]):
+        self.moe, self.dense = moe, dense
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        step, excepted = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+        for i, layer in enumerate(document["layers"]):
+            sparse = (i + 1) % step == 0 and i not in excepted
+            layer["feedforward"] = deepcopy(dict(self.moe if sparse else self.dense))
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        kinds = [layer["feedforward"]["kind"] for layer in document["layers"]]
+        step = gcd(*(i + 1 for i, kind in enumerate(kinds) if kind == "moe")) or 1
+        config["decoder_sparse_step"] = step
+        config["mlp_only_layers"] = [i for i, kind in enumerate(kinds) if kind != "moe" and (i + 1) % step == 0]
+
+
+def inverse(power: float) -> Callable[[float], float]:
+    """x -> x**power, and a whole number where that is the one meant, for a key whose value enters by its inverse."""
+
+    def of(value: float) -> float:
+        result = float(value**power)
+        whole = round(result)
+        return whole if whole and whole ** (1 / power) == value else result
+
+    return of
