@@ -55,6 +55,7 @@ class Rope(Rule):
     layer_type: the parameters of these layers, where rope_parameters has several sets by type of layer.
     renamed: another name of a type (Phi-3 wrote `su` for longrope).
     legacy: the names of theta and partial before rope_parameters.
+    default: the rope_parameters of a config.json that has none.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Rope(Rule):
         layer_type: str | None = None,
         renamed: Mapping[str, str] | None = None,
         legacy: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+        default: Mapping[str, Any] | None = None,
     ):
         self.theta, self.partial, self.where, self.layer_type = theta, partial, where, layer_type
-        self.renamed, self.legacy = dict(renamed or {}), legacy
+        self.renamed, self.legacy, self.default = dict(renamed or {}), legacy, dict(default or {})
         self.names = ("rope_parameters", "rope_scaling", ORIGINAL, *legacy)
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
@@ -88,7 +90,7 @@ class Rope(Rule):
                 layer["mixer"]["position"].update(position)
 
     def _parameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        parameters = config.get("rope_parameters") or config.get("rope_scaling") or self.default
         if self.layer_type is not None:
             parameters = parameters.get(self.layer_type) or {}
         return dict(parameters)
