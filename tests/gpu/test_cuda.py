@@ -1,5 +1,6 @@
 """What only a GPU can show: kernels against float64, compiled training, checkpoints, sampling."""
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, attend
 from treadle.config import resolve
 from treadle.data.packing import Batch
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
+from treadle.nn.latent_attention import LatentAttention, LatentAttentionConfig
 from treadle.nn.position import RopeConfig
 from treadle.nn.transformer import TransformerConfig
 from treadle.train.checkpoint import Checkpointer
@@ -46,26 +48,31 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm().clamp(min=1.0))
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [((8, 8), 64), ((8, 2), 64), ((4, 1), 128)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "value_dim"),
+    [((8, 8), 64, 64), ((8, 2), 64, 64), ((4, 1), 128, 128), ((4, 4), 192, 128), ((8, 2), 64, 96)],
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("backend", "fact"), [(b, f) for b, facts in CASES.items() for f in facts])
 def test_attention_equals_float64(
-    backend: str, fact: dict[str, Any], packed: bool, heads: tuple[int, int], head_dim: int
+    backend: str, fact: dict[str, Any], packed: bool, heads: tuple[int, int], head_dim: int, value_dim: int
 ) -> None:
     torch.manual_seed(0)
     B, S = 2, 389
     documents_BS = (torch.rand(B, S, device=CUDA) < 0.01).cumsum(1)
     context = AttentionContext.packed(documents_BS) if packed else AttentionContext.causal(B, S, device=CUDA)
-    narrow = [torch.randn(B, S, h, head_dim, device=CUDA, dtype=torch.bfloat16) for h in (heads[0], heads[1], heads[1])]
-    facts, grad = AttentionFacts(**fact), torch.randn_like(narrow[0])
-    if (reason := BACKENDS[backend].unsupported(narrow[0], facts, context)) is not None:
+    H, G = heads
+    shapes = (H, head_dim), (G, head_dim), (G, value_dim), (H, value_dim)
+    *narrow, grad = (torch.randn(B, S, *shape, device=CUDA, dtype=torch.bfloat16) for shape in shapes)
+    facts = AttentionFacts(**fact)
+    if (reason := BACKENDS[backend].unsupported(narrow[0], facts, context, value_dim)) is not None:
         pytest.skip(reason)
     results = []
     for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64)):
         leaves = [t.detach().to(dtype).requires_grad_() for t in narrow]
         if facts.sinks:  # a parameter: float32 whatever is computed in
             wide = torch.promote_types(dtype, torch.float32)
-            leaves.append(torch.linspace(-2, 3, heads[0], device=CUDA, dtype=wide).requires_grad_())
+            leaves.append(torch.linspace(-2, 3, H, device=CUDA, dtype=wide).requires_grad_())
         seen = AttentionContext(context.positions_BS, context.documents_BS, context.cumulative_lengths_N, S, name)
         out = attend(*leaves[:3], facts, seen, *leaves[3:])
         out.backward(grad.to(dtype))
@@ -85,6 +92,53 @@ def test_the_measured_choice() -> None:
     assert choose(q.float(), AttentionFacts(), packed) == "flex"
     assert choose(q, AttentionFacts(alibi=True), plain) == "flex"
     assert choose(q, AttentionFacts(sinks=True), packed) == "flex"
+
+
+DEEPSEEK = {"kv_rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}  # V2's and V3's sizes of a head
+
+
+def latent_blocks(heads: int = 4, dim: int = 256) -> tuple[LatentAttention, LatentAttention]:
+    """The same block twice: to be computed in bf16 (its weights are float32), and in float64."""
+    torch.manual_seed(0)
+    spec = {"heads": heads, "q_rank": 192, **DEEPSEEK, "position": {"kind": "rope", "layout": "interleaved"}}
+    block: LatentAttention = LatentAttentionConfig.model_validate(spec).build(dim, 512)
+    for parameter in block.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    block = block.to(CUDA)
+    return block, copy.deepcopy(block).double()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flash", "flex"])
+def test_latent_attention_equals_float64(backend: str, packed: bool) -> None:
+    results = []
+    documents_BS = (torch.rand(2, 389, generator=torch.Generator().manual_seed(1)) < 0.01).cumsum(1)
+    x_BSD, grad_BSD = (t.to(CUDA) for t in torch.randn(2, 2, 389, 256, generator=torch.Generator().manual_seed(2)))
+    for block, name in zip(latent_blocks(), (backend, "reference"), strict=True):
+        plain = AttentionContext.causal(2, 389, device=CUDA, backend=name)
+        context = AttentionContext.packed(documents_BS.to(CUDA), backend=name) if packed else plain
+        dtype = torch.bfloat16 if name == backend else torch.float64
+        leaf_BSD = x_BSD.bfloat16().to(dtype).requires_grad_()
+        out_BSD = block(leaf_BSD, context)
+        out_BSD.backward(grad_BSD.to(dtype))
+        results.append([out_BSD.detach(), leaf_BSD.grad, *(parameter.grad for parameter in block.parameters())])
+    for got, exact in zip(*results, strict=True):
+        assert relative(got, exact) < 3e-2
+
+
+@pytest.mark.parametrize("heads", [4, 16])
+def test_latent_attention_decodes_as_float64_computes_the_whole(heads: int) -> None:
+    block, exact = latent_blocks(heads)
+    x_BSD = torch.randn(2, 300, 256, device=CUDA, dtype=torch.bfloat16)
+    cache, start, pieces = block.make_cache(2, 300, torch.bfloat16, CUDA), 0, []
+    with torch.no_grad():
+        whole_BSD = exact(x_BSD.double(), AttentionContext.causal(2, 300, device=CUDA, backend="reference"))
+        for size in (200, 1, 1, 8, 90):
+            positions_BS = torch.arange(start, start + size, device=CUDA).expand(2, size)
+            pieces.append(block(x_BSD[:, start : start + size], AttentionContext(positions_BS, cache=cache)))
+            start += size
+    assert relative(torch.cat(pieces, dim=1), whole_BSD) < 3e-2
 
 
 SCALINGS: list[dict[str, Any]] = [
@@ -201,6 +255,17 @@ def test_positions_and_sinks_compile_to_the_same_losses(position: Any) -> None:
     assert exact[-1] < exact[0] - 0.5
     for checkpointing in ("none", "selective"):
         got = losses(True, precision="bf16", compile=True, activation_checkpointing=checkpointing, spec=spec)
+        assert got == pytest.approx(exact, abs=0.05), checkpointing
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_latent_attention_compiles_to_the_same_losses(packed: bool) -> None:
+    sizes = {"heads": 4, "q_rank": 64, "kv_rank": 48, "nope_dim": 32, "rope_dim": 16, "value_dim": 32}
+    spec = {**SPEC, "layers": [{**SPEC["layers"][0], "mixer": {"kind": "latent_attention", **sizes}}]}
+    exact = losses(packed, precision="fp32", compile=False, spec=spec)
+    assert exact[-1] < exact[0] - 0.5
+    for checkpointing in ("none", "selective"):
+        got = losses(packed, precision="bf16", compile=True, activation_checkpointing=checkpointing, spec=spec)
         assert got == pytest.approx(exact, abs=0.05), checkpointing
 
 

@@ -46,8 +46,8 @@ CASES: dict[str, Case] = {
 # Families that are no variations of Llama.
 OLD = {"vocab_size": 131, "n_head": 4, "n_layer": 2}
 NEOX = {**SIZES, "intermediate_size": 48}
-# transformers rounds Falcon's slopes and biases to bf16: exact for powers of two up to position 256. Its eager attention
-# adds the bias twice, by itself and within the mask; sdpa, its default, once, as the authors' code.
+# transformers rounds Falcon's slopes and biases to bf16: exact for powers of two up to position 256. Its eager
+# attention adds the bias twice, by itself and within the mask; sdpa, its default, once, as the authors' code.
 RW = {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
 OSS = {**GROUPED, "num_hidden_layers": 4, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 OSS |= {"sliding_window": 8}
@@ -93,5 +93,31 @@ CASES |= {
         "OPT",
         {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "enable_bias": False}
         | {"layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    ),
+}
+
+LATENT = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 4, "intermediate_size": 48}
+LATENT |= {"q_lora_rank": 16, "kv_lora_rank": 24, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
+LATENT |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+V3 = {**LATENT, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0}
+MSCALE = rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.9)
+
+CASES |= {
+    "deepseek-v2": Case("DeepseekV2", {**LATENT, "attention_bias": True, "n_shared_experts": 1}),
+    "deepseek-v2-groups-yarn": Case(
+        "DeepseekV2",
+        {**LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "rope_parameters": MSCALE}
+        | {"routed_scaling_factor": 3.0, "tie_word_embeddings": True},
+        lengths=(1, 10, 60, 100),
+    ),
+    "deepseek-v2-lite": Case("DeepseekV2", {**LATENT, "q_lora_rank": None, "first_k_dense_replace": 0}),
+    "deepseek-v3": Case("DeepseekV3", V3),
+    "deepseek-v3-yarn": Case(
+        "DeepseekV3",
+        {**V3, "rope_parameters": MSCALE, "attention_bias": True, "n_shared_experts": 2, "norm_topk_prob": False},
+        lengths=(1, 10, 60, 100),
+    ),
+    "deepseek-v3-half-direct": Case(
+        "DeepseekV3", {**V3, "rope_interleave": False, "q_lora_rank": None, "n_group": 1, "topk_group": 1}
     ),
 }

@@ -19,32 +19,32 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "flash"
 def attend(
     q_BSHK: Tensor,
     k_BTGK: Tensor,
-    v_BTGK: Tensor,
+    v_BTGV: Tensor,
     facts: AttentionFacts,
     context: AttentionContext,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of queries over the keys they may see.
 
-    q_BSHK, k_BTGK, v_BTGK -> out_BSHK, with H a multiple of G (grouped queries). sinks_H: one logit per head, given
-    exactly when `facts.sinks`. Raises ConfigError when the backend that `context.backend` names cannot compute these
-    facts; a named backend is never replaced by another.
+    q_BSHK, k_BTGK, v_BTGV -> out_BSHV, with H a multiple of G (grouped queries); V may differ from K. sinks_H: one
+    logit per head, given exactly when `facts.sinks`. Raises ConfigError when the backend that `context.backend` names
+    cannot compute these facts; a named backend is never replaced by another.
     """
     if facts.sinks != (sinks_H is not None):
         raise ValueError(f"facts.sinks is {facts.sinks}, sinks_H is {'missing' if sinks_H is None else 'given'}")
-    backend = BACKENDS[choose(q_BSHK, facts, context)]
-    return backend.attend(q_BSHK, k_BTGK, v_BTGK, facts, context, sinks_H)
+    backend = BACKENDS[choose(q_BSHK, facts, context, v_BTGV.shape[-1])]
+    return backend.attend(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H)
 
 
-def choose(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str:
-    """The name of the backend that `attend` uses for these arguments."""
+def choose(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext, value_dim: int | None = None) -> str:
+    """The name of the backend that `attend` uses for these arguments. value_dim: size of a value; None is K."""
+    able = [name for name in BACKENDS if BACKENDS[name].unsupported(q_BSHK, facts, context, value_dim) is None]
     if context.backend == "auto":
-        return next(name for name in _preference(q_BSHK, facts, context) if _can(name, q_BSHK, facts, context))
+        return next(name for name in _preference(q_BSHK, facts, context) if name in able)
     if context.backend not in BACKENDS:
         raise ConfigError(f"attention backend '{context.backend}' is unknown.{nearest(context.backend, BACKENDS)}")
-    reason = BACKENDS[context.backend].unsupported(q_BSHK, facts, context)
+    reason = BACKENDS[context.backend].unsupported(q_BSHK, facts, context, value_dim)
     if reason is not None:
-        able = [name for name in BACKENDS if _can(name, q_BSHK, facts, context)]
         raise ConfigError(
             f"attention backend '{context.backend}' cannot be used here: {reason}. Able: {', '.join(able)}"
         )
@@ -56,7 +56,3 @@ def _preference(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
     if q_BSHK.device.type == "cuda" and not sdpa.is_plain_causal(q_BSHK, facts, context):
         return "flash", "flex", "sdpa", "reference"
     return "sdpa", "flash", "flex", "reference"
-
-
-def _can(name: str, q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> bool:
-    return BACKENDS[name].unsupported(q_BSHK, facts, context) is None

@@ -31,6 +31,12 @@ class AttentionFacts:
     alibi: float = 0.0
     sinks: bool = False
 
+    def keys_seen(self, length: float) -> float:
+        """How many keys a query sees on average, causal, in a document of `length` tokens (for FLOPs: half of all)."""
+        if self.window is None or self.window >= length:
+            return length / 2
+        return self.window - self.window**2 / (2 * length)  # the first tokens see less than a window
+
 
 def visible(facts: AttentionFacts, context: AttentionContext, keys: int) -> Tensor:
     """Which key each query may see.  -> bool_BST

@@ -1,6 +1,6 @@
 """Attention through `flex_attention` (CUDA): every fact that the reference knows, at near-flash speed.
 
-B batch, S sequence, H heads, G key-value heads, K head dim, C number of 128-token chunks in a row.
+B batch, S sequence, H heads, G key-value heads, K head dim, V value dim, C number of 128-token chunks in a row.
 """
 
 import functools
@@ -17,7 +17,9 @@ from treadle.attention.facts import AttentionFacts, alibi_slopes
 CHUNK = 128
 
 
-def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
+def unsupported(
+    q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext, value_dim: int | None = None
+) -> str | None:
     if q_BSHK.device.type != "cuda":
         return f"it trains on CUDA only, the tensors are on {q_BSHK.device.type}"
     if context.cache is not None:
@@ -28,7 +30,7 @@ def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext
 def attend(
     q_BSHK: Tensor,
     k_BSGK: Tensor,
-    v_BSGK: Tensor,
+    v_BSGV: Tensor,
     facts: AttentionFacts,
     context: AttentionContext,
     sinks_H: Tensor | None = None,
@@ -38,7 +40,7 @@ def attend(
     result = kernel(
         q_BSHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
-        v_BSGK.transpose(1, 2),
+        v_BSGV.transpose(1, 2),
         score_mod=_score_mod(facts, q_BSHK),
         block_mask=block_mask(facts, context),
         scale=facts.scale,

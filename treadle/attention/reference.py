@@ -1,6 +1,6 @@
 """Attention by its definition, in float32 or wider: any facts, any device, quadratic memory. The oracle of the others.
 
-B batch, S query length, T key length, G key-value heads, R query heads per key-value head, K head dim.
+B batch, S query length, T key length, G key-value heads, R query heads per key-value head, K head dim, V value dim.
 """
 
 import torch
@@ -10,14 +10,16 @@ from treadle.attention.context import AttentionContext
 from treadle.attention.facts import AttentionFacts, alibi_bias, visible
 
 
-def unsupported(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> str | None:
+def unsupported(
+    q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext, value_dim: int | None = None
+) -> str | None:
     return None
 
 
 def attend(
     q_BSHK: Tensor,
     k_BTGK: Tensor,
-    v_BTGK: Tensor,
+    v_BTGV: Tensor,
     facts: AttentionFacts,
     context: AttentionContext,
     sinks_H: Tensor | None = None,
@@ -38,5 +40,5 @@ def attend(
         weights_BGRST = torch.cat((scores_BGRST, sinks_BGRS1), dim=-1).softmax(-1)[..., :-1]
     else:
         weights_BGRST = scores_BGRST.softmax(-1)
-    out_BSGRK = torch.einsum("bgrst,btgk->bsgrk", weights_BGRST, v_BTGK.to(wide))
-    return out_BSGRK.reshape(B, S, H, -1).to(q_BSHK.dtype)
+    out_BSGRV = torch.einsum("bgrst,btgv->bsgrv", weights_BGRST, v_BTGV.to(wide))
+    return out_BSGRV.reshape(B, S, H, -1).to(q_BSHK.dtype)

@@ -112,10 +112,7 @@ class Attention(nn.Module):
 
     def mixing_flops(self, length: float) -> float:
         """Forward FLOPs per token of scores and weighted sum, causal, at sequences of `length` tokens."""
-        window, seen = self.facts.window, length / 2
-        if window is not None and window < length:
-            seen = window - window**2 / (2 * length)  # the first tokens of a document see less than a window
-        return 4 * self.heads * self.head_dim * seen
+        return 4 * self.heads * self.head_dim * self.facts.keys_seen(length)
 
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> TokenCache:
         """Room for the keys and values of `batch` rows of up to `capacity` tokens."""

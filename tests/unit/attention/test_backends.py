@@ -15,9 +15,11 @@ from treadle.attention.facts import alibi_slopes, visible
 from treadle.errors import ConfigError
 
 
-def tensors(B: int, S: int, H: int, G: int, K: int, seed: int = 0) -> list[Tensor]:
+def tensors(B: int, S: int, H: int, G: int, K: int, V: int | None = None, seed: int = 0) -> list[Tensor]:
+    """q_BSHK, k_BSGK, v_BSGV; V is K unless it is given."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, S, heads, K, generator=generator, dtype=torch.float64) for heads in (H, G, G)]
+    shapes = ((H, K), (G, K), (G, V or K))
+    return [torch.randn(B, S, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def sink_logits(H: int, facts: AttentionFacts) -> list[Tensor]:
@@ -38,7 +40,7 @@ def by_hand(
 ) -> Tensor:
     """The definition, one query at a time."""
     B, S, H, K = q.shape
-    out = torch.zeros_like(q)
+    out = q.new_zeros(B, S, H, v.shape[-1])
     for b in range(B):
         for h in range(H):
             g = h // (H // k.shape[2])
@@ -69,7 +71,8 @@ facts_strategy = st.builds(
 def cases(draw: st.DrawFn) -> tuple[list[Tensor], AttentionFacts, list[list[int]]]:
     B, S, G, R = draw(st.integers(1, 2)), draw(st.integers(1, 9)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     documents = [sorted(draw(st.lists(st.integers(0, 3), min_size=S, max_size=S))) for _ in range(B)]
-    return tensors(B, S, G * R, G, 4, draw(st.integers(0, 99))), draw(facts_strategy), documents
+    V = draw(st.sampled_from([4, 3, 6]))
+    return tensors(B, S, G * R, G, 4, V, draw(st.integers(0, 99))), draw(facts_strategy), documents
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,8 +106,11 @@ def with_gradients(qkv: list[Tensor], facts: AttentionFacts, context: AttentionC
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 64, 1000])
 @pytest.mark.parametrize(("alibi", "sinks"), [(False, False), (True, False), (False, True), (True, True)])
-def test_sdpa_equals_reference_with_gradients(alibi: bool, sinks: bool, window: int | None, packed: bool) -> None:
-    qkv, facts = tensors(2, 64, 6, 2, 8), AttentionFacts(window=window, alibi=alibi, sinks=sinks)
+@pytest.mark.parametrize("V", [8, 5, 12])
+def test_sdpa_equals_reference_with_gradients(
+    V: int, alibi: bool, sinks: bool, window: int | None, packed: bool
+) -> None:
+    qkv, facts = tensors(2, 64, 6, 2, 8, V), AttentionFacts(window=window, alibi=alibi, sinks=sinks)
     documents_BS = (torch.arange(64) // 23).expand(2, 64)
     results = []
     for backend in ("sdpa", "reference"):
@@ -138,8 +144,11 @@ def test_sdpa_equals_reference_whatever_the_facts(case: tuple[list[Tensor], Atte
     st.sampled_from(
         [{}, {"softcap": 3.0}, {"alibi": True}, {"sinks": True}, {"softcap": 3.0, "alibi": True, "sinks": True}]
     ),
+    st.sampled_from([16, 8, 24]),
 )
-def test_flex_visits_every_chunk_that_matters(window: int | None, lengths: list[int], more: dict[str, Any]) -> None:
+def test_flex_visits_every_chunk_that_matters(
+    window: int | None, lengths: list[int], more: dict[str, Any], V: int
+) -> None:
     S = sum(lengths)
     documents_BS = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     facts = AttentionFacts(window=window, **more)
@@ -150,7 +159,7 @@ def test_flex_visits_every_chunk_that_matters(window: int | None, lengths: list[
         for j in range(dense.shape[1]):
             chunk = seen[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
             assert dense[i, j] or not chunk.any(), (i, j)
-    qkv = [t.float() for t in tensors(1, S, 3, 1, 16)]
+    qkv = [t.float() for t in tensors(1, S, 3, 1, 16, V)]
     sinks = [t.float() for t in sink_logits(3, facts)]
     reference = attend(*qkv, facts, AttentionContext.packed(documents_BS, backend="reference"), *sinks)
     assert (flex.attend(*qkv, facts, context, *sinks) - reference).abs().max() < 1e-5
@@ -168,11 +177,12 @@ def test_flex_passes_gradients_to_sinks() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("more", [{}, {"alibi": True, "sinks": True}])
-def test_a_cache_gives_the_same_as_the_whole_row(more: dict[str, Any], backend: str) -> None:
-    qkv, facts = tensors(2, 20, 4, 2, 8), AttentionFacts(window=6, **more)
-    sinks = sink_logits(4, facts)
+@pytest.mark.parametrize(("H", "G", "V"), [(4, 2, 8), (3, 1, 5), (2, 2, 12)])
+def test_a_cache_gives_the_same_as_the_whole_row(H: int, G: int, V: int, more: dict[str, Any], backend: str) -> None:
+    qkv, facts = tensors(2, 20, H, G, 8, V), AttentionFacts(window=6, **more)
+    sinks = sink_logits(H, facts)
     whole = attend(*qkv, facts, AttentionContext.causal(2, 20, backend="reference"), *sinks)
-    cache = TokenCache(2, 20, [(2, 8)] * 2, torch.float64, "cpu")
+    cache = TokenCache(2, 20, [(G, 8), (G, V)], torch.float64, "cpu")
     start, pieces = 0, []
     for size in (7, 1, 1, 11):
         q, k, v = (t[:, start : start + size] for t in qkv)
@@ -216,4 +226,24 @@ def test_flash_is_not_given_documents_without_their_lengths() -> None:
     # On a meta device the first reason is another; ask for this one as CUDA would.
     q = type("OnCuda", (), {"device": torch.device("cuda"), "dtype": q.dtype, "shape": q.shape})()
     assert "AttentionContext.packed" in str(flash.unsupported(q, AttentionFacts(), bare))
-    assert flash.unsupported(q, AttentionFacts(), AttentionContext.packed(torch.zeros(1, 4))) is None
+    packed = AttentionContext.packed(torch.zeros(1, 4))
+    assert flash.unsupported(q, AttentionFacts(), packed) is None
+    assert flash.unsupported(q, AttentionFacts(), packed, value_dim=256) is None
+    assert "at most 256, not 264" in str(flash.unsupported(q, AttentionFacts(), packed, value_dim=264))
+
+
+@pytest.mark.parametrize("V", [8, 5, 12])
+def test_flash_is_given_one_head_dim(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel runs on CUDA only; here a stand-in of its interface, which knows one head dim and needs the scale."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, scale: float, window_size: Any, **more: Any) -> Tensor:
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        attention = torch.nn.functional.scaled_dot_product_attention
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+    monkeypatch.setattr(flash, "varlen_attn", kernel)
+    qkv, context = tensors(1, 30, 4, 2, 8, V), AttentionContext.causal(1, 30, backend="reference")
+    for scale in (None, 0.3):
+        facts = AttentionFacts(scale=scale)
+        torch.testing.assert_close(flash.attend(*qkv, facts, context), attend(*qkv, facts, context))
