@@ -65,11 +65,11 @@ UNSAID = frozenset({"init", "compute", "balance_loss", "z_loss", "repeat"})
 class Family:
     """model, layer: the parts of the spec that all members share, as plain data; the rules fill in the rest.
 
-    depth: the key that counts the layers.
+    depth, depth_also: the key that counts the layers, and other names that it has had.
     tensors: from our names to theirs, `*` for the layer: of a parameter with its name, or of a module, whose
         parameters then keep their last word (`weight`, `bias`). See `treadle.families.layouts`.
     prefix: that a checkpoint of the bare model, without its head, leaves out.
-    optional: patterns (re.fullmatch) of tensors that are no weights of ours.
+    optional: patterns (re.fullmatch) of tensors that are no weights of ours; `{depth}` in them is the number of layers.
     same_as: further `model_type`s that are read as this one.
     Making one registers it.
     """
@@ -81,6 +81,7 @@ class Family:
     tensors: Mapping[str, "str | Layout"]
     model: Mapping[str, Any] = field(default_factory=dict)
     depth: str = "num_hidden_layers"
+    depth_also: Sequence[str] = ()
     prefix: str = "model."
     optional: Sequence[str] = ()
     same_as: Sequence[str] = ()
@@ -100,9 +101,10 @@ class Family:
                 f"config.json: the family '{self.model_type}' does not understand {told}, and computing without it "
                 f"could give other numbers. Add a rule for it to the family, or take the key out if it means nothing"
             )
-        if not isinstance(config.get(self.depth), int):
+        depth = next((config[name] for name in (self.depth, *self.depth_also) if name in config), None)
+        if not isinstance(depth, int):
             raise ConfigError(f"config.json: lacks the number of layers, '{self.depth}'.{nearest(self.depth, config)}")
-        layers = [deepcopy(dict(self.layer)) for _ in range(config[self.depth])]
+        layers = [deepcopy(dict(self.layer)) for _ in range(depth)]
         document = {**deepcopy(dict(self.model)), "layers": layers}
         for rule in self.rules:
             rule.read(config, document)
@@ -110,7 +112,7 @@ class Family:
 
     def not_understood(self, config: Mapping[str, Any]) -> list[str]:
         """Keys that no rule answers for, unless they are switched off or say nothing about what is computed."""
-        known = NEUTRAL | {self.depth} | {name for rule in self.rules for name in rule.names}
+        known = NEUTRAL | {self.depth, *self.depth_also} | {name for rule in self.rules for name in rule.names}
         off: tuple[Any, ...] = (None, False, 0, "", [], {})
         return [key for key, value in config.items() if key not in known and value not in off]
 

@@ -26,7 +26,7 @@ RULES: tuple[Rule, ...] = (
     Key("intermediate_size", "layers.*.feedforward.dim"),
     Activation("hidden_activation", "layers.*.feedforward.activation", default="gelu_pytorch_tanh"),
     BIAS,
-    Key("query_pre_attn_scalar", "layers.*.mixer.scale", default=256, to=inverse(-0.5), back=inverse(-2)),
+    Key("query_pre_attn_scalar", "layers.*.mixer[attention].scale", default=256, to=inverse(-0.5), back=inverse(-2)),
     Ignored("hidden_act"),
 )
 TENSORS: dict[str, str | Layout] = {

@@ -63,6 +63,7 @@ class Plain(Layout):
 
     `{part}` in the name stands for the part's name (or the one given for it), `{expert}` for the expert's number, and
     `{experts}` for `experts.` with the number and a dot, or for nothing in a layer that has none.
+    Neighbouring parts that are given the same name lie in one tensor.
     """
 
     def __init__(self, name: str, **parts: str):
@@ -79,12 +80,16 @@ class Plain(Layout):
     def _rows(
         self, source: str, tensor: Tensor, module: nn.Module, inside: View, expert: int | None
     ) -> Iterator[Piece]:
-        sizes: dict[str, int] = getattr(module, "parts", {}) if "{part}" in source else {"": tensor.shape[0]}
+        parts: dict[str, int] = getattr(module, "parts", {}) if "{part}" in source else {"": tensor.shape[0]}
+        sizes: dict[str, int] = {}
+        for part, size in parts.items():
+            part = self.parts.get(part, part)
+            sizes[part] = sizes.get(part, 0) + size
         start = 0
         for part, size in sizes.items():
             rows = slice(start, start + size)
             experts = "" if expert is None else f"experts.{expert}."
-            name = source.format(part=self.parts.get(part, part), expert=expert, experts=experts)
+            name = source.format(part=part, expert=expert, experts=experts)
             yield Piece(name, (size, *tensor.shape[1:]), whole, _then(inside, partial(_item, rows)))
             start += size
 
@@ -95,6 +100,24 @@ class Rows(Layout):
     def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
         for row in range(parameter.shape[0]):
             yield Piece(source.format(row=row), tuple(parameter.shape[1:]), whole, partial(_item, row))
+
+
+class ByBlock(Plain):
+    """`{which}` in the name stands for what `which` says of the block that holds the module."""
+
+    def __init__(self, name: str, which: Callable[[nn.Module], str], **parts: str):
+        super().__init__(name, **parts)
+        self.which = which
+
+    def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
+        return super().pieces(source.replace("{which}", self.which(block)), parameter, module, block)
+
+
+class Whole(Layout):
+    """The same tensor, all experts' and all parts' in one."""
+
+    def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
+        yield Piece(source, tuple(parameter.shape), whole, whole)
 
 
 class Transposed(Layout):
@@ -143,3 +166,22 @@ class InterleavedExperts(Layout):
                 partial(_item, (..., slice(turn, None, 2))),
                 _then(partial(_item, (slice(None), rows)), _swapped if inputs else whole),
             )
+
+
+class HeadByHead(Layout):
+    """The module's parts in one tensor, head by head: a head's rows of each part, in order (DeepSeek's kv_b_proj)."""
+
+    def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
+        parts: dict[str, int] = dict(module.parts)  # type: ignore[arg-type]
+        H = int(block.heads)  # type: ignore[arg-type]
+        shape, width = tuple(parameter.shape), sum(parts.values()) // H
+        start = 0
+        for size in parts.values():
+            rows, group = slice(start, start + size), slice(start // H, (start + size) // H)
+            yield Piece(
+                source,
+                shape,
+                partial(_heads, slice(None), (H, width), group),
+                partial(_heads, rows, (H, size // H), slice(None)),
+            )
+            start += size

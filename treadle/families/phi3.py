@@ -5,7 +5,7 @@ from typing import Any
 from treadle.families.family import Family
 from treadle.families.llama import ATTENTION, EMBEDDINGS, FEED_FORWARD, GATED, LAYER, MODEL, NORMS, eps, sizes
 from treadle.families.rope import Rope
-from treadle.families.rules import Key, Written
+from treadle.families.rules import Ignored, Key
 
 
 class Phi3Rope(Rope):
@@ -31,7 +31,7 @@ FAMILY = Family(
         eps(1e-5),
         *FEED_FORWARD,
         Key("sliding_window", "layers.*.mixer.window", default=None),
-        Written("pad_token_id", None),
+        Ignored(pad_token_id=None),
         Phi3Rope(partial=1.0, renamed={"su": "longrope", "yarn": "longrope"}),
     ),
     tensors={

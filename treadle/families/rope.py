@@ -55,6 +55,7 @@ class Rope(Rule):
     layer_type: the parameters of these layers, where rope_parameters has several sets by type of layer.
     renamed: another name of a type (Phi-3 wrote `su` for longrope).
     legacy: the names of theta and partial before rope_parameters.
+    default: the rope_parameters of a config.json that has none.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Rope(Rule):
         layer_type: str | None = None,
         renamed: Mapping[str, str] | None = None,
         legacy: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+        default: Mapping[str, Any] | None = None,
     ):
         self.theta, self.partial, self.where, self.layer_type = theta, partial, where, layer_type
-        self.renamed, self.legacy = dict(renamed or {}), legacy
+        self.renamed, self.legacy, self.default = dict(renamed or {}), legacy, dict(default or {})
         self.names = ("rope_parameters", "rope_scaling", ORIGINAL, *legacy)
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
@@ -90,7 +92,7 @@ class Rope(Rule):
     def _parameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
         parameters, scaling = config.get("rope_parameters"), config.get("rope_scaling")
         if self.layer_type is None:
-            return dict(parameters or scaling or {})
+            return dict(parameters or scaling or self.default)
         if parameters:
             return dict(parameters.get(self.layer_type) or {})
         # Layers with a theta under a name of their own (the local ones of Gemma 3) were never scaled.

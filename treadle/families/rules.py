@@ -205,33 +205,63 @@ class HeadDim(Rule):
                 config["head_dim"] = mixer[key]
 
 
-class Written(Rule):
-    """A key that no model depends on, written because what transformers takes without it may not fit.
+class Ignored(Rule):
+    """Keys that change nothing in what is computed here. written: what they are on the way out."""
 
-    Such as the number of a padding token, which a smaller vocabulary than the published one lacks.
+    def __init__(self, *names: str, **written: Any):
+        self.names, self.written = (*names, *written), written
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        pass
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        config.update(self.written)
+
+
+class Width(Rule):
+    """The feed-forward's width, four times the model's where the key is null or absent.
+
+    name: the key; None: there is none, and the width is always that. said: written also where it is that.
     """
 
-    def __init__(self, name: str, value: Any):
-        self.names, self.value = (name,), value
+    PATH = "layers.*.feedforward.dim"
+
+    def __init__(self, name: str | None, *, said: bool = True):
+        self.name, self.said = name, said
+        self.names = () if name is None else (name,)
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
-        pass
+        width = config.get(self.name) if self.name else None
+        for feedforward, key in places(document, self.PATH):
+            feedforward[key] = 4 * document["dim"] if width is None else width
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
-        config[self.names[0]] = self.value
+        width = next(feedforward[key] for feedforward, key in places(document, self.PATH))
+        if self.name is not None:
+            config[self.name] = width if self.said or width != 4 * document["dim"] else None
 
 
-class Ignored(Rule):
-    """Keys that are published and that no implementation has ever looked at."""
+class Inside(Rule):
+    """Rules for the mapping that stands under one key."""
 
-    def __init__(self, *names: str):
-        self.names = names
+    def __init__(self, name: str, *rules: Rule):
+        self.names, self.rules = (name,), rules
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
-        pass
+        (name,) = self.names
+        inner = config.get(name) or {}
+        known = {key for rule in self.rules for key in rule.names}
+        for key, value in inner.items():
+            if key not in known and value:
+                raise ConfigError(f"config.json: {name}.{key}: {value!r} is not understood.{nearest(key, known)}")
+        for rule in self.rules:
+            rule.read(inner, document)
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
-        pass
+        inner: dict[str, Any] = {}
+        for rule in self.rules:
+            rule.write(document, inner)
+        config[self.names[0]] = inner
 
 
 class Sparse(Rule):

@@ -6,7 +6,7 @@ from typing import Any
 from treadle.families.family import Family
 from treadle.families.llama import BIAS, EPS, FEED_FORWARD, HEAD_DIM, LAYER, MLP_BIAS, MODEL, TENSORS, sizes
 from treadle.families.rope import Rope
-from treadle.families.rules import Document, Rule, Windows, Written
+from treadle.families.rules import Document, Ignored, Rule, Windows
 
 
 class NoPositions(Rule):
@@ -41,7 +41,7 @@ FAMILY = Family(
         MLP_BIAS,
         NoPositions(),
         Windows(lambda config, layer: not rotates(config, layer), window=None, switch="use_sliding_window"),
-        Written("pad_token_id", None),
+        Ignored(pad_token_id=None),
         Rope(theta=2e6),
     ),
     tensors=TENSORS,

@@ -45,7 +45,8 @@ def match(family: Family, model: nn.Module, reader: WeightsReader) -> Pieces:
     if prefix and not any(name.startswith(prefix) for name in names):  # the bare model, without its head
         wanted = {ours: [p._replace(source=p.source.removeprefix(prefix)) for p in ps] for ours, ps in wanted.items()}
     expected = {piece.source: piece.shape for ps in wanted.values() for piece in ps}
-    optional = [*family.optional, r".*rotary_emb\.inv_freq"]
+    depth = str(len(getattr(model, "layers", ())))
+    optional = [*(pattern.replace("{depth}", depth) for pattern in family.optional), r".*rotary_emb\.inv_freq"]
     if getattr(getattr(model, "config", None), "tied", False):
         optional.append(r"lm_head\.weight|embed_out\.weight")
     extra = [name for name in names if name not in expected and not any(re.fullmatch(p, name) for p in optional)]
