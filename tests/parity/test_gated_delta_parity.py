@@ -1,4 +1,4 @@
-"""Gated delta net against transformers' Qwen3-Next: the recurrence, the module with copied weights, a decoder of such layers."""
+"""Gated delta net against transformers' Qwen3-Next: the recurrence, the module with copied weights, a decoder."""
 
 from typing import Any
 
@@ -120,11 +120,9 @@ def test_module_and_gradients_equal_transformers(length: int) -> None:
 
 def test_logits_of_a_stack_equal_transformers() -> None:
     torch.manual_seed(2)
-    kinds = ["linear_attention"] * 3
-    config = transformers.Qwen3NextConfig(
-        **{"hidden_size": D, "num_hidden_layers": 3, "layer_types": kinds, "rms_norm_eps": 1e-6, **LINEAR},
-        **{"vocab_size": 67, "intermediate_size": 40, "mlp_only_layers": [0, 1, 2], "num_attention_heads": 4},
-    )
+    stack = {"hidden_size": D, "num_hidden_layers": 3, "layer_types": ["linear_attention"] * 3, "rms_norm_eps": 1e-6}
+    dense = {"vocab_size": 67, "intermediate_size": 40, "mlp_only_layers": [0, 1, 2], "num_attention_heads": 4}
+    config = transformers.Qwen3NextConfig(**stack, **dense, **LINEAR)
     peer = transformers.Qwen3NextForCausalLM(config).eval()
     scramble(peer)
     norm = {**NORM, "offset": 1.0}

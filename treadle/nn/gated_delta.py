@@ -31,7 +31,9 @@ class GatedDeltaConfig(MixerConfig):
 
     kind: Literal["gated_delta"] = "gated_delta"
     heads: PositiveInt = Field(description="query and key heads")
-    value_heads: PositiveInt | None = Field(None, description="value heads, a multiple of heads; null: as many as heads")
+    value_heads: PositiveInt | None = Field(
+        None, description="value heads, a multiple of heads; null: as many as heads"
+    )
     head_dim: PositiveInt | None = Field(None, description="size of a query and key head; null: model dim / heads")
     value_dim: PositiveInt | None = Field(None, description="size of a value head; null: as head_dim")
     conv: PositiveInt = Field(4, description="tokens that the convolution of queries, keys and values sees; 1: its own")
@@ -72,7 +74,14 @@ class GatedDelta(nn.Module):
     document: it sees no state and no neighbours of the tokens before it.
     """
 
-    roles = {"qkvz": "column", "ba": "column", "A_log": "column", "dt_bias": "column", "norm": "replicate", "out": "row"}
+    roles = {
+        "qkvz": "column",
+        "ba": "column",
+        "A_log": "column",
+        "dt_bias": "column",
+        "norm": "replicate",
+        "out": "row",
+    }
 
     def __init__(self, config: GatedDeltaConfig, model_dim: int, max_length: int):
         super().__init__()

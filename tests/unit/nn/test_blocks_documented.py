@@ -45,9 +45,14 @@ def test_every_kind_is_listed() -> None:
 
 def test_every_line_of_yaml_is_a_model() -> None:
     inline = [yaml.safe_load(text) for text in re.findall(r"^\| `(\{?kind:.*?)` \|", PAGE, re.MULTILINE)]
-    blocks = [yaml.safe_load(text)["feedforward"] for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    fenced = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    blocks = [part["feedforward"] for part in fenced if "feedforward" in part]
+    stacks = [part["layers"] for part in fenced if "layers" in part]
     assert len(inline) >= 14
     assert len(blocks) >= 4
+    assert len(blocks) + len(stacks) == len(fenced)
+    for layers in stacks:
+        resolve(TransformerConfig, {"dim": 2048, "max_length": 64, "layers": layers})
     plain = {"kind": "pre_norm", "mixer": ATTENTION, "feedforward": DENSE}
     for block in [*inline, *blocks]:
         kind = block["kind"]

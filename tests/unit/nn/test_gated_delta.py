@@ -102,9 +102,7 @@ def test_the_convolution_is_conv1d_of_each_document(width: int) -> None:
     nn.init.normal_(conv.weight)
     lengths = [1, 9, 2, 3, 20]
     x = torch.randn(2, sum(lengths), 6)
-    wanted = [
-        F.conv1d(F.pad(piece.mT, (width - 1, 0)), conv.weight, groups=6).mT for piece in x.split(lengths, dim=1)
-    ]
+    wanted = [F.conv1d(F.pad(piece.mT, (width - 1, 0)), conv.weight, groups=6).mT for piece in x.split(lengths, dim=1)]
     found = conv(x, packed(lengths, rows=2).positions_BS)
     torch.testing.assert_close(found, torch.cat(wanted, dim=1))
 
