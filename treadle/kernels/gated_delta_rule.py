@@ -14,12 +14,14 @@ whose right side is linear in the state S before the chunk. So its two parts are
 WY form), and only S_next = a_1...a_C S + sum_j a_j+1...a_C k_j w_j^T goes from chunk to chunk.
 
 B batch, S sequence, H query and key heads, G value heads, R = G / H of them to a key head, K key dim, V value dim,
-N chunks, C tokens of a chunk (I, J where two of them meet).
+N chunks, C tokens of a chunk (I, J where two of them meet), Z = B times G.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from treadle.kernels.gated_delta_scan import gated_delta_scan
 
 CHUNK = 64
 
@@ -105,20 +107,19 @@ def chunked(
 
     leaving_BHRNKC = (k_BHNCK * between_BHRNIJ[..., -1, :, None]).mT
     passing_BHRN11 = into_BHRNC1[..., -1:, :]
-    state_BHRKV = state_BGKV.unflatten(1, shape)
-    before, changes = [], []
-    for values_CV, keys_CK, leaving_KC, passing_11 in zip(
-        *(x.unbind(3) for x in (values_BHRNCV, keys_BHRNCK, leaving_BHRNKC, passing_BHRN11)), strict=True
-    ):
-        before.append(state_BHRKV)
-        changes.append(values_CV - keys_CK @ state_BHRKV)
-        state_BHRKV = passing_11 * state_BHRKV + leaving_KC @ changes[-1]
-    before_BHRNKV, changes_BHRNCV = torch.stack(before, dim=3), torch.stack(changes, dim=3)
+    before_ZNKV, changes_ZNCV, state_ZKV = gated_delta_scan(
+        values_BHRNCV.flatten(0, 2),
+        keys_BHRNCK.flatten(0, 2),
+        leaving_BHRNKC.flatten(0, 2),
+        passing_BHRN11.flatten(0, 2),
+        state_BGKV.flatten(0, 1),
+    )
+    before_BHRNKV, changes_BHRNCV = (x.unflatten(0, values_BHRNCV.shape[:3]) for x in (before_ZNKV, changes_ZNCV))
 
     qk_BHRNIJ = (q_BHNCK @ k_BHNCK.mT) * between_BHRNIJ
     y_BHRNCV = (into_BHRNC1 * q_BHNCK) @ before_BHRNKV + qk_BHRNIJ @ changes_BHRNCV
     y_BSGV = y_BHRNCV.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(1, 2)[:, :length]
-    return y_BSGV, state_BHRKV.flatten(1, 2)
+    return y_BSGV, state_ZKV.view_as(state_BGKV)
 
 
 def _in_chunks(x: Tensor, chunk: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Each element is a hash of its index (splitmix64; Steele et al. 2014), turned into a normal number. No generator state
 exists: a rank can fill its own piece without the rest, and a parameter's values do not depend on which others exist.
-A block whose own parameters start otherwise has `initial(name, uniform)`, which turns uniform numbers into their values.
+A block whose own parameters start otherwise has `initial(name, uniform)`: it turns uniform numbers into their values.
 """
 
 import hashlib

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    """y_s = sum_j weight_j x_s-j over the last `width` tokens of the same document.  x_BSE -> y_BSE in the dtype of x"""
+    """y_s = sum_j weight_j x_s-j over the last `width` tokens of a document.  x_BSE -> y_BSE in the dtype of x"""
 
     roles = {"weight": "column"}
 

@@ -92,10 +92,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def _decay_groups(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
 ) -> Iterator[dict[str, object]]:
-    """Matrices with decay, vectors without; empty groups left out."""
+    """Matrices and filters with decay, norms, biases and other vectors without; empty groups left out."""
     roles = parameter_roles(model)
+    weights = {n for n, p in parameters.items() if p.ndim >= 2 and roles[n] != "norm" and not n.endswith("bias")}
     for decays in (True, False):
-        chosen = [p for name, p in parameters.items() if is_matrix(name, roles[name], p) == decays]
+        chosen = [p for name, p in parameters.items() if (name in weights) == decays]
         if chosen:
             yield {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from treadle.kernels.gated_delta_rule import chunked, gated_delta_rule, recurrent
+from treadle.kernels.gated_delta_scan import gated_delta_scan
 
 B, H, R, K, V = 2, 2, 3, 8, 5
 
@@ -119,7 +120,7 @@ def test_a_row_in_pieces(cut: int) -> None:
 @pytest.mark.parametrize("log_decay", [0.0, -1e-4, -1.0, -700.0, -math.inf])
 def test_repeated_keys_and_any_decay_stay_exact(log_decay: float) -> None:
     """Equal keys written at full strength: each token leaves its own value, whatever the chunk's system looks like."""
-    q, k, v, _, _, state = data(130, torch.float32)
+    _, k, v, _, _, state = data(130, torch.float32)
     k = k[:, :1].expand_as(k)
     decays, ones = torch.full(v.shape[:3], log_decay), torch.ones(v.shape[:3])
     tensors = [k, k, v, decays, ones, state]
@@ -139,6 +140,14 @@ def test_what_follows_a_strong_decay_keeps_its_digits() -> None:
     wanted, _ = run(recurrent, exact)
     found, _ = run(chunked, rounded)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6)
+
+
+def test_the_scan_is_a_lawful_operator() -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4, 5), (2, 3, 4, 6), (2, 3, 6, 4), (2, 3, 1, 1), (2, 6, 5)]
+    tensors = [torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    torch.library.opcheck(torch.ops.treadle.gated_delta_scan.default, tensors)
+    assert torch.autograd.gradcheck(gated_delta_scan, tensors)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -292,6 +292,22 @@ def test_layers_compile_without_a_break() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+def test_a_longer_row_is_no_larger_a_graph() -> None:
+    sizes = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    for length in (128, 640):
+        torch._dynamo.reset()
+        block = GatedDeltaConfig(heads=2).build(16, 640)
+        compiled = torch.compile(block, backend=count, fullgraph=True, dynamic=False)
+        compiled(torch.zeros(1, length, 16), AttentionContext.causal(1, length))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputed_layers_have_the_same_gradients(mode: Any, backend: str | None) -> None:
