@@ -1,4 +1,4 @@
-"""Windows of several lengths against a loop over the stream; LongRoPE's search against what it must not do worse than."""
+"""Windows of several lengths against a loop over the stream; LongRoPE's search against where it began."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ TEXTS = ["Grüße", "a", "the quick brown fox jumps over the lazy dog", "日本�
 def prepared(*names):
     texts = [np.array([*text.encode(), TOKENIZER.eos_id]) for text in TEXTS]
     data = dataset(texts, TOKENIZER.vocab_size)
-    return Prepared((Path("memory"),), TOKENIZER, (data,), (1.0,), {name: data for name in names})
+    return Prepared((Path("memory"),), TOKENIZER, (data,), (1.0,), dict.fromkeys(names, data))
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi"])
