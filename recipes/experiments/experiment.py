@@ -1,4 +1,4 @@
-"""What the experiments of this folder share: runs trained several at a time, numbers kept as JSON, a table for the docs.
+"""What the experiments of this folder share: runs trained side by side, numbers kept as JSON, a table for the docs.
 
 Each figure has two steps: measure (train, evaluate, write `<name>.json`) and draw (read that file alone). `--redraw`
 takes the second only.
@@ -122,9 +122,8 @@ def machine() -> dict[str, Any]:
 
 
 def origin(result: dict[str, Any]) -> str:
-    revision = (result["revision"] or "unknown")[:7]
-    minutes = f"{result['seconds'] / 60:.1f} minutes"
-    return f"{result['device']}, torch {result['torch']}, revision {revision}, {minutes} in all."
+    revision = f", revision {result['revision'][:7]}" if result["revision"] else ""  # a copy may be no repository
+    return f"{result['device']}, torch {result['torch']}{revision}, {result['seconds'] / 60:.1f} minutes in all."
 
 
 def filled(page: str, name: str, text: str) -> str:

@@ -1,10 +1,10 @@
-"""Multi-query associative recall: accuracy against model dim, by mixer and number of key-value pairs.
+"""Multi-query associative recall: accuracy against the number of key-value pairs, by mixer and model dim.
 
     python recipes/experiments/mqar.py                     # on a GPU; or --quick
     python recipes/experiments/mqar.py --redraw
 
-Each point is a model of two layers trained on the task and asked held-out rows (fig. 2 of Arora et al. 2023,
-arXiv:2312.04927).
+Each curve is one model of two layers, trained on rows of all numbers of pairs and asked held-out rows of each (after
+fig. 2 of Arora et al. 2023, arXiv:2312.04927).
 """
 
 import argparse
@@ -18,11 +18,10 @@ from treadle.tracking.read import load_config, load_status
 
 LABELS = {"attention": "attention", "gated-delta": "gated delta net", "window": "attention, window of 16"}
 RECIPES = {"attention": "mqar.yaml", "gated-delta": "mqar-gated-delta.yaml", "window": "mqar-window.yaml"}
-DIMS, PAIRS = (32, 64, 128), (16, 64)
-QUICK_DIMS, QUICK_PAIRS = (16, 32), (2, 4)
+DIMS, QUICK_DIMS = (64, 128, 256), (16, 32)
 QUICK = (
-    "task.vocab_size=32",
-    "training.steps=150",
+    "task={kind: mqar, vocab_size: 32, pairs: [2, 4, 8]}",
+    "training.steps=200",
     "training.sequence_length=32",
     "training.precision=fp32",
     "training.log_every=50",
@@ -31,56 +30,58 @@ QUICK = (
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
-    dims, all_pairs = (QUICK_DIMS, QUICK_PAIRS) if asked.quick else (DIMS, PAIRS)
-    points = [(mixer, pairs, dim) for pairs in all_pairs for dim in dims for mixer in asked.only]
-    names = {point: "{}-{}-pairs-dim-{}".format(*point) for point in points}
-    folders = train_all([variant(names[point], *point, asked) for point in points], asked.runs, asked.jobs)
-    training = load_config(folders[names[points[0]]])["training"]
+    dims = QUICK_DIMS if asked.quick else DIMS
+    names = {(mixer, dim): f"{mixer}-dim-{dim}" for dim in dims for mixer in asked.only}
+    folders = train_all([variant(name, *point, asked) for point, name in names.items()], asked.runs, asked.jobs)
+    config = load_config(folders[names[asked.only[0], dims[0]]])
+    pairs = config["task"]["pairs"]
 
-    def accuracy(mixer: str, pairs: int, dim: int) -> float:
-        return float(load_status(folders[names[mixer, pairs, dim]])["summary"]["accuracy"])
+    def accuracies(mixer: str, dim: int) -> list[float]:
+        summary = load_status(folders[names[mixer, dim]])["summary"]
+        return [float(summary[f"{count}_pairs_accuracy"]) for count in pairs]
 
     return {
         "quick": asked.quick,
-        "length": training["sequence_length"],
-        "steps": training["steps"],
+        "length": config["training"]["sequence_length"],
+        "steps": config["training"]["steps"],
+        "vocab_size": config["task"]["vocab_size"],
         "dims": dims,
-        "pairs": all_pairs,
-        "accuracy": {mixer: [[accuracy(mixer, p, dim) for dim in dims] for p in all_pairs] for mixer in asked.only},
+        "pairs": pairs,
+        "accuracy": {mixer: [accuracies(mixer, dim) for dim in dims] for mixer in asked.only},
     }
 
 
-def variant(name: str, mixer: str, pairs: int, dim: int, asked: argparse.Namespace) -> Variant:
-    sizes = (f"task.pairs={pairs}", f"model.dim={dim}", f"model.layers.0.feedforward.dim={2 * dim}")
+def variant(name: str, mixer: str, dim: int, asked: argparse.Namespace) -> Variant:
+    sizes = (f"model.dim={dim}", f"model.layers.0.feedforward.dim={2 * dim}")
     return Variant(name, RECIPES[mixer], (*sizes, *(QUICK if asked.quick else ()), *asked.overrides))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     with house_style():
-        figure = new_figure(width=4.2 * len(result["pairs"]), height=3.8)
-        panels = figure.subplots(1, len(result["pairs"]), sharey=True, squeeze=False)[0]
-        for column, (panel, pairs) in enumerate(zip(panels, result["pairs"], strict=True)):
+        figure = new_figure(width=3.6 * len(result["dims"]), height=3.6)
+        panels = figure.subplots(1, len(result["dims"]), sharey=True, squeeze=False)[0]
+        for column, (panel, dim) in enumerate(zip(panels, result["dims"], strict=True)):
             for (name, label), color in zip(LABELS.items(), COLORS, strict=False):
                 if name in result["accuracy"]:
                     values = [100 * value for value in result["accuracy"][name][column]]
-                    panel.plot(result["dims"], values, "o-", color=color, label=label, markersize=4, clip_on=False)
+                    panel.plot(result["pairs"], values, "o-", color=color, label=label, markersize=4, clip_on=False)
             panel.set_xscale("log", base=2)
-            panel.set_xticks(result["dims"], result["dims"])
+            panel.set_xticks(result["pairs"], result["pairs"])
             panel.set_ylim(0, 100)
-            panel.set_xlabel("model dim")
-            panel.set_title(f"{pairs} pairs in {result['length']} tokens", color=INK)
-        panels[0].set_ylabel("answers that are right (%)")
-        panels[-1].legend(loc="center right")
+            panel.set_xlabel(f"pairs in {result['length']} tokens")
+            panel.set_title(f"model dim {dim}", color=INK)
+        panels[0].set_ylabel("right answers (%)")
+        panels[0].legend(loc="best")
         save_figure(figure, path)
 
 
 def table(result: dict[str, Any]) -> str:
-    head = ["mixer", *(f"{pairs} pairs, dim {dim}" for pairs in result["pairs"] for dim in result["dims"])]
     rows = [
-        [LABELS[name], *(f"{value:.1%}" for values in by_pairs for value in values)]
-        for name, by_pairs in result["accuracy"].items()
+        [LABELS[name], dim, *(f"{value:.1%}" for value in values)]
+        for name, by_dim in result["accuracy"].items()
+        for dim, values in zip(result["dims"], by_dim, strict=True)
     ]
-    return markdown(head, rows)
+    return markdown(["mixer", "dim", *(f"{pairs} pairs" for pairs in result["pairs"])], rows)
 
 
 if __name__ == "__main__":

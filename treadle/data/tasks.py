@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from treadle.attention.context import AttentionContext
-from treadle.config import Kind
+from treadle.config import Kind, key_error
 from treadle.data.batches import Batches
 from treadle.data.packing import Batch
 from treadle.data.permutation import mix
@@ -45,6 +45,10 @@ class TaskConfig(Kind):
         """(key, message) for each value that is impossible in rows of `length` tokens."""
         yield from ()
 
+    def parts(self) -> dict[str, "TaskConfig"]:
+        """Tasks, by name, whose held-out samples are scored apart."""
+        return {"all": self}
+
     @abstractmethod
     def rows(self, samples_B: np.ndarray, length: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         """The rows of these sample numbers, independent of each other.  -> int64 tokens_BS, targets_BS"""
@@ -53,32 +57,56 @@ class TaskConfig(Kind):
 class MQARConfig(TaskConfig):
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927).
 
-    A row begins with `pairs` keys, each followed by its value. Then each key comes once more, and its value is to be
-    predicted. Keys are all different, values too. The place of a query after the pairs follows a power law, as
+    A row begins with `pairs` different keys, each followed by its value; values are different too. Then each key comes
+    once more, and its value is to be predicted. The place of a query after the pairs follows a power law, as
     repetitions do in text: near places are likelier. Between queries stands token 0, and the answers stand nowhere.
     """
 
     kind: Literal["mqar"] = "mqar"
-    pairs: PositiveInt = Field(description="key-value pairs of a row")
+    pairs: PositiveInt | list[PositiveInt] = Field(
+        description="key-value pairs of a row; of a list each row draws one, and each is scored apart"
+    )
     power: PositiveFloat = Field(0.01, description="a of the density gap^(a-1) of query places; 1: all alike")
 
+    @property
+    def choices(self) -> list[int]:
+        return [self.pairs] if isinstance(self.pairs, int) else self.pairs
+
+    @model_validator(mode="after")
+    def _there_is_a_choice(self) -> "MQARConfig":
+        if not self.choices or len(set(self.choices)) < len(self.choices):
+            raise key_error("pairs", f"{self.choices}; expected different numbers, at least one")
+        return self
+
     def problems(self, length: int) -> Iterator[tuple[str, str]]:
-        if length < 4 * self.pairs:
-            yield "pairs", f"{self.pairs} pairs and as many queries need rows of {4 * self.pairs} tokens, not {length}"
-        if self.vocab_size // 2 - 1 < self.pairs:
-            least = 2 * self.pairs + 2
-            yield "vocab_size", f"{self.vocab_size} has too few keys for {self.pairs} pairs; raise it to {least}"
+        most = max(self.choices)
+        if length < 4 * most:
+            yield "pairs", f"{most} pairs and as many queries need rows of {4 * most} tokens, not {length}"
+        if self.vocab_size // 2 - 1 < most:
+            yield "vocab_size", f"{self.vocab_size} has too few keys for {most} pairs; raise it to {2 * most + 2}"
+
+    def parts(self) -> dict[str, TaskConfig]:
+        return {f"{count}_pairs": self.model_copy(update={"pairs": count}) for count in self.choices}
 
     def rows(self, samples_B: np.ndarray, length: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        B, P, half = len(samples_B), self.pairs, self.vocab_size // 2
-        slots = (length - 2 * P) // 2  # places for a query: every second token after the pairs
-        u_BN = draws.uniform(samples_B, 2 * P + slots)
+        tokens_BS = np.zeros((len(samples_B), length), dtype=np.int64)
+        targets_BS = np.full_like(tokens_BS, IGNORED)
+        choice_B = (draws.uniform(samples_B, 1)[:, 0] * len(self.choices)).astype(np.int64)
+        for choice, pairs in enumerate(self.choices):
+            mine = choice_B == choice
+            tokens_BS[mine], targets_BS[mine] = self._rows(samples_B[mine], pairs, length, draws)
+        return tokens_BS, targets_BS
+
+    def _rows(self, samples_B: np.ndarray, P: int, length: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of P pairs each."""
+        half, slots = self.vocab_size // 2, (length - 2 * P) // 2  # a query may stand at every second token
+        u_BN = draws.uniform(samples_B, 1 + 2 * P + slots)[:, 1:]  # the first one has drawn P
         keys_BP = 1 + distinct(u_BN[:, :P], half - 1)
         values_BP = half + distinct(u_BN[:, P : 2 * P], self.vocab_size - half)
         places_BP = 2 * P + 2 * weighted(u_BN[:, 2 * P :], np.arange(1, slots + 1) ** (self.power - 1), P)
-        tokens_BS = np.zeros((B, length), dtype=np.int64)
+        tokens_BS = np.zeros((len(samples_B), length), dtype=np.int64)
         tokens_BS[:, 0 : 2 * P : 2], tokens_BS[:, 1 : 2 * P : 2] = keys_BP, values_BP
-        targets_BS = np.full((B, length), IGNORED, dtype=np.int64)
+        targets_BS = np.full_like(tokens_BS, IGNORED)
         np.put_along_axis(tokens_BS, places_BP, keys_BP, axis=1)
         np.put_along_axis(targets_BS, places_BP, values_BP, axis=1)
         return tokens_BS, targets_BS

@@ -42,17 +42,13 @@ class RecipeConfig(SessionConfig):
             )
         return self
 
-    def batches(self, *, held_out: bool, batch_size: int) -> TaskBatches:
-        length = self.training.sequence_length
-        return TaskBatches(self.task, sequence_length=length, batch_size=batch_size, seed=self.seed, held_out=held_out)
-
 
 def main(config: RecipeConfig, *, resume: Path | None = None, console: Console | None = None) -> Path:
     """Train; returns the run folder. resume: the folder of a run to go on with, from its latest checkpoint."""
     console = console or Console()
     device = find_device(config.device)
     sinks = config.tracking.build()
-    batches = config.batches(held_out=False, batch_size=config.training.batch_size)
+    batches = samples_of(config, config.task, config.training.batch_size)
     spec = with_vocabulary(config.model, config.task.vocab_size)
     with open_session(config, spec, batches, sinks, device=device, resume=resume, console=console) as session:
         run, model, training = session.run, session.model, config.training
@@ -60,23 +56,34 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
         loss = partial(cross_entropy, z_loss=training.z_loss, attention=training.attention)
         around = [Every(config.evaluate.every, partial(log_accuracy, config, run, model))]
         if session.train(loss, around, length=training.sequence_length):
-            finish(run, model, console)
+            finish(config, run, model, console)
     return run.folder
+
+
+def samples_of(config: RecipeConfig, task: TaskConfig, batch_size: int, held_out: bool = False) -> TaskBatches:
+    length = config.training.sequence_length
+    return TaskBatches(task, sequence_length=length, batch_size=batch_size, seed=config.seed, held_out=held_out)
 
 
 def log_accuracy(config: RecipeConfig, run: Run, model: Transformer, step: int) -> None:
     rows, samples = config.training.rows, config.evaluate.samples
-    held_out = config.batches(held_out=True, batch_size=rows)
-    batches = (held_out.samples(first, min(first + rows, samples)) for first in range(0, samples, rows))
-    result = evaluate_accuracy(model, batches, attention=config.training.attention)
-    run.log(step, result.metrics(), kind="evaluate")
+    for name, part in config.task.parts().items():
+        held_out = samples_of(config, part, rows, held_out=True)
+        batches = (held_out.samples(first, min(first + rows, samples)) for first in range(0, samples, rows))
+        result = evaluate_accuracy(model, batches, attention=config.training.attention)
+        run.log(step, result.metrics(), kind=evaluation_kind(config, name))
 
 
-def finish(run: Run, model: Transformer, console: Console) -> None:
+def evaluation_kind(config: RecipeConfig, part: str) -> str:
+    return "evaluate" if len(config.task.parts()) == 1 else f"evaluate/{part}"
+
+
+def finish(config: RecipeConfig, run: Run, model: Transformer, console: Console) -> None:
     """Keep the final weights by themselves, and say what came out."""
     folder = save_model(model, run.folder / FINAL)
     plot = plot_training(run.folder, run.folder / "training.png")
-    accuracy = load_metrics(run.folder, kind="evaluate")["accuracy"][-1]
-    run.summary(accuracy=accuracy)
-    told = f"held-out accuracy: {accuracy:.2%}\nweights {folder}\nplot    {plot}"
-    console.print(told, highlight=False, soft_wrap=True)
+    for part in config.task.parts():
+        accuracy = load_metrics(run.folder, kind=evaluation_kind(config, part))["accuracy"][-1]
+        run.summary(**{f"{part}_accuracy": accuracy})
+        console.print(f"held-out accuracy, {part.replace('_', ' ')}: {accuracy:.2%}", highlight=False)
+    console.print(f"weights {folder}\nplot    {plot}", highlight=False, soft_wrap=True)

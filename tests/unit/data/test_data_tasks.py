@@ -49,6 +49,21 @@ def test_rows_are_what_the_paper_defines(length, pairs, vocabulary, power):
     assert batch.context.documents_BS is None
 
 
+def test_a_row_draws_its_number_of_pairs():
+    batch = batches(40, 3000, pairs=[1, 4, 10]).batch(0)
+    counts = (batch.targets_BS != -100).sum(1)
+    for tokens, targets, pairs in zip(
+        batch.tokens_BS.tolist(), batch.targets_BS.tolist(), counts.tolist(), strict=True
+    ):
+        check_row(tokens, targets, pairs, 40)
+    drawn = np.bincount(counts.numpy())
+    assert np.flatnonzero(drawn).tolist() == [1, 4, 10]
+    assert drawn[[1, 4, 10]] == pytest.approx(1000, abs=100)
+    assert batch.valid_tokens == counts.sum()
+    parts = MQARConfig(pairs=[1, 4, 10]).parts()
+    assert {name: part.pairs for name, part in parts.items()} == {"1_pairs": 1, "4_pairs": 4, "10_pairs": 10}
+
+
 def test_places_follow_the_power_law():
     """The first of one pair's places has probability gap^(a-1) / sum: counted over many rows."""
     for power in (0.01, 1.0):

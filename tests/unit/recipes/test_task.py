@@ -7,6 +7,7 @@ from recipe_zoo import records, status
 
 import treadle
 from treadle import recipes
+from treadle.data.tasks import TaskBatches
 from treadle.errors import CheckpointError, ConfigError, DataError
 from treadle.nn.store import load_model
 
@@ -36,20 +37,20 @@ def write_recipe(folder, **changes):
 
 
 def test_it_learns_to_recall(tmp_path):
-    changes = ["training.steps=500", "training.batch_size=64", "training.log_every=100", "evaluate.samples=500"]
+    changes = ["training.steps=200", "training.batch_size=32", "training.log_every=50", "evaluate.samples=500"]
     folder = treadle.run(write_recipe(tmp_path), [*changes, f"folder={tmp_path / 'run'}", "schedule=cosine"])
     losses = [record["loss"] for record in records(folder)]
     assert losses[-1] < losses[0] / 10
     (evaluation,) = records(folder, "evaluate")
     assert evaluation["accuracy"] > 0.95
-    assert status(folder)["summary"] == {"accuracy": evaluation["accuracy"]}
+    assert status(folder)["summary"] == {"3_pairs_accuracy": evaluation["accuracy"]}
     assert accuracy_by_hand(folder, recipes.load(folder / "config.yaml")) == evaluation["accuracy"]
 
 
 def accuracy_by_hand(folder, config):
     """Row by row: the likeliest token after each query."""
     model = load_model(folder / "final")
-    batches = config.batches(held_out=True, batch_size=1)
+    batches = TaskBatches(config.task, sequence_length=16, batch_size=1, held_out=True)
     right = asked = 0
     for row in range(config.evaluate.samples):
         batch = batches.batch(row)
@@ -79,6 +80,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         treadle.load(half)  # there is no text to generate
 
 
+def test_numbers_of_pairs_are_scored_apart(tmp_path):
+    changes = ["training.steps=1", "evaluate.samples=5", "task.pairs=[1, 3]", f"folder={tmp_path / 'run'}"]
+    folder = treadle.run(write_recipe(tmp_path), changes)
+    assert set(status(folder)["summary"]) == {"1_pairs_accuracy", "3_pairs_accuracy"}
+    for pairs in (1, 3):
+        (record,) = records(folder, f"evaluate/{pairs}_pairs")
+        assert record["accuracy"] * 5 * pairs == pytest.approx(round(record["accuracy"] * 5 * pairs))
+
+
 def test_the_vocabulary_is_the_tasks(tmp_path):
     folder = treadle.run(write_recipe(tmp_path), ["training.steps=1", f"folder={tmp_path / 'run'}"])
     assert load_model(folder / "final").head.weight.shape == (64, 32)
@@ -88,6 +98,9 @@ def test_the_vocabulary_is_the_tasks(tmp_path):
     ("change", "message"),
     [
         ("task.pairs=5", r"task\.pairs: 5 pairs and as many queries need rows of 20 tokens, not 16"),
+        ("task.pairs=[2, 2]", r"task\.pairs: \[2, 2\]; expected different numbers, at least one"),
+        ("task.pairs=[]", r"task\.pairs: \[\]; expected different numbers, at least one"),
+        ("task.pairs=[2, 0]", r"task\.pairs"),
         ("task.vocab_size=6", r"task\.vocab_size: 6 has too few keys for 3 pairs; raise it to 8"),
         ("model.vocab_size=15", r"model\.vocab_size: 15 is less than task\.vocab_size=16"),
         ("task=mqra", r"task: unknown kind 'mqra'\. Did you mean 'mqar'\?"),

@@ -1,4 +1,4 @@
-"""Windows of several lengths against a loop over the stream; LongRoPE's search against what it must not do worse than."""
+"""Windows of several lengths against a loop over the stream; LongRoPE's search against where it began."""
 
 import math
 from pathlib import Path
