@@ -6,7 +6,7 @@ from typing import Any
 from treadle.families.deepseek import ATTENTION, LAYER, MOE, SILENT, SIZES, TENSORS, DenseFirst, SharedExperts
 from treadle.families.family import Family
 from treadle.families.llama import MODEL
-from treadle.families.rules import Activation, Document, Fixed, Ignored, Key, Rule, places
+from treadle.families.rules import Activation, Document, Fixed, Key, Rule, Written, places
 
 
 class Groups(Rule):
@@ -57,7 +57,7 @@ FAMILY = Family(
         Fixed("topk_method", "noaux_tc"),
         Fixed("moe_layer_freq", 1),
         SILENT,
-        Ignored(num_nextn_predict_layers=0),  # the head that predicts a token further ahead is left out
+        Written("num_nextn_predict_layers", 0),  # the head that predicts a token further ahead is left out
     ),
     tensors={**TENSORS, "layers.*.feedforward.router.balance_bias": "model.layers.*.mlp.gate.e_score_correction_bias"},
     optional=(r"model\.layers\.{depth}\..*",),  # the same head

@@ -19,8 +19,10 @@ class Decoder(Rule):
     `new_decoder_architecture` has groups of queries, the old one all heads alike or a single key-value head.
     """
 
-    names = ("new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn")
-    names += ("multi_query", "num_kv_heads", "n_head_kv")
+    names = (
+        *("new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn"),
+        *("multi_query", "num_kv_heads", "n_head_kv"),
+    )
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
         new = config.get("new_decoder_architecture", "n_head_kv" in config)  # the first 40B has no key for it

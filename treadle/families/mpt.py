@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treadle.families.family import Family
-from treadle.families.rules import Document, Fixed, Ignored, Inside, Key, Rule, Width
+from treadle.families.rules import Document, Fixed, Ignored, Inside, Key, Rule, Width, Written
 
 NORM = {"kind": "layer", "bias": False}
 
@@ -20,6 +20,20 @@ class LogitScale(Rule):
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
         config["logit_scale"] = None if document["logits_scale"] == 1.0 else document["logits_scale"]
+
+
+class SoftmaxScale(Rule):
+    """`softmax_scale`: null is 1/sqrt(head dim)."""
+
+    names = ("softmax_scale",)
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        for layer in document["layers"]:
+            layer["mixer"]["scale"] = config.get("softmax_scale")
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        mixer = document["layers"][0]["mixer"]
+        config["softmax_scale"] = None if mixer["scale"] == mixer["head_dim"] ** -0.5 else mixer["scale"]
 
 
 FAMILY = Family(
@@ -42,12 +56,13 @@ FAMILY = Family(
         Inside(
             "attn_config",
             Key("clip_qkv", "layers.*.mixer.clip", default=None),
-            Key("softmax_scale", "layers.*.mixer.scale", default=None),
+            SoftmaxScale(),
             Fixed("alibi", True),
             Fixed("alibi_bias_max", 8),
             Fixed("attn_type", "multihead_attention"),
             # Of how it is computed, and what transformers 4 puts into every config.
-            Ignored("attn_pdrop", "attn_uses_sequence_id", "id2label", "label2id", "return_dict", attn_impl="torch"),
+            Ignored("attn_pdrop", "attn_uses_sequence_id", "id2label", "label2id", "return_dict"),
+            Written("attn_impl", "torch"),
             Ignored("length_penalty", "max_length", "num_beam_groups", "num_beams", "num_return_sequences"),
             Ignored("repetition_penalty", "temperature", "tie_word_embeddings", "top_k", "top_p", "typical_p"),
         ),

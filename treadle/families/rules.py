@@ -157,17 +157,33 @@ class Windows(Rule):
         config["sliding_window"] = next((window for window in windows if window is not None), None)
 
 
-class Ignored(Rule):
-    """Keys that change nothing in what is computed here. written: what they are on the way out."""
+class Written(Rule):
+    """A key that no model depends on, written because what transformers takes without it may not fit.
 
-    def __init__(self, *names: str, **written: Any):
-        self.names, self.written = (*names, *written), written
+    Such as the number of a padding token, which a smaller vocabulary than the published one lacks.
+    """
+
+    def __init__(self, name: str, value: Any):
+        self.names, self.value = (name,), value
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
         pass
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
-        config.update(self.written)
+        config[self.names[0]] = self.value
+
+
+class Ignored(Rule):
+    """Keys that are published and that no implementation has ever looked at."""
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        pass
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        pass
 
 
 class Width(Rule):
@@ -188,7 +204,9 @@ class Width(Rule):
             feedforward[key] = 4 * document["dim"] if width is None else width
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
-        width = next(feedforward[key] for feedforward, key in places(document, self.PATH))
+        width = next((feedforward[key] for feedforward, key in places(document, self.PATH) if key in feedforward), None)
+        if width is None:
+            raise Mismatch(f"it has no {self.PATH}")
         if self.name is not None:
             config[self.name] = width if self.said or width != 4 * document["dim"] else None
 
