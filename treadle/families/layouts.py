@@ -80,16 +80,28 @@ class Plain(Layout):
         self, source: str, tensor: Tensor, module: nn.Module, inside: View, expert: int | None
     ) -> Iterator[Piece]:
         parts: dict[str, int] = getattr(module, "parts", {}) if "{part}" in source else {"": tensor.shape[0]}
+        first: dict[str, str] = {}
         sizes: dict[str, int] = {}
         for part, size in parts.items():
-            part = self.parts.get(part, part)
+            part = first.setdefault(self.parts.get(part, part), part)
             sizes[part] = sizes.get(part, 0) + size
         start = 0
         for part, size in sizes.items():
             rows = slice(start, start + size)
-            name = source.format(part=part, expert=expert)
+            name = source.format(part=self.parts.get(part, part), expert=expert)
             yield Piece(name, (size, *tensor.shape[1:]), whole, _then(inside, partial(_item, rows)))
             start += size
+
+
+class Transposed(Layout):
+    """A matrix stored inputs first (GPT-2), or one for every expert; other parameters as they are."""
+
+    def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
+        if parameter.ndim == 1:
+            yield Piece(source, tuple(parameter.shape), whole, whole)
+        else:
+            shape = (*parameter.shape[:-2], parameter.shape[-1], parameter.shape[-2])
+            yield Piece(source, shape, whole, _swapped)
 
 
 class ByBlock(Plain):
@@ -108,17 +120,6 @@ class Whole(Layout):
 
     def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
         yield Piece(source, tuple(parameter.shape), whole, whole)
-
-
-class Transposed(Layout):
-    """A matrix stored inputs first (GPT-2), or one for every expert; other parameters as they are."""
-
-    def pieces(self, source: str, parameter: Tensor, module: nn.Module, block: nn.Module) -> Iterator[Piece]:
-        if parameter.ndim == 1:
-            yield Piece(source, tuple(parameter.shape), whole, whole)
-        else:
-            shape = (*parameter.shape[:-2], parameter.shape[-1], parameter.shape[-2])
-            yield Piece(source, shape, whole, _swapped)
 
 
 class QueryKeyValue(Layout):

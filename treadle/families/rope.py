@@ -74,7 +74,7 @@ class Rope(Rule):
         self.names = ("rope_parameters", "rope_scaling", ORIGINAL, *legacy)
 
     def read(self, config: Mapping[str, Any], document: Document) -> None:
-        parameters = self._parameters(config)
+        parameters = self._parameters(config) or dict(self.default)
         name = str(parameters.pop("rope_type", None) or parameters.pop("type", None) or "default")
         parameters.pop("type", None)
         theta_name, partial_name = self.legacy
@@ -90,7 +90,7 @@ class Rope(Rule):
                 layer["mixer"]["position"].update(position)
 
     def _parameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        parameters = config.get("rope_parameters") or config.get("rope_scaling") or self.default
+        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if self.layer_type is not None:
             parameters = parameters.get(self.layer_type) or {}
         return dict(parameters)

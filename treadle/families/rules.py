@@ -126,6 +126,54 @@ class Fixed(Rule):
         config[self.names[0]] = self.value
 
 
+class Width(Rule):
+    """The feed-forward's width, four times the model's where the key is null or absent.
+
+    name: the key; None: there is none, and the width is always that. said: written also where it is that.
+    """
+
+    PATH = "layers.*.feedforward.dim"
+
+    def __init__(self, name: str | None, *, said: bool = True):
+        self.name, self.said = name, said
+        self.names = () if name is None else (name,)
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        width = config.get(self.name) if self.name else None
+        for feedforward, key in places(document, self.PATH):
+            feedforward[key] = 4 * document["dim"] if width is None else width
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        width = next((feedforward[key] for feedforward, key in places(document, self.PATH) if key in feedforward), None)
+        if width is None:
+            raise Mismatch(f"it has no {self.PATH}")
+        if self.name is not None:
+            config[self.name] = width if self.said or width != 4 * document["dim"] else None
+
+
+class Inside(Rule):
+    """Rules for the mapping that stands under one key."""
+
+    def __init__(self, name: str, *rules: Rule):
+        self.names, self.rules = (name,), rules
+
+    def read(self, config: Mapping[str, Any], document: Document) -> None:
+        (name,) = self.names
+        inner = config.get(name) or {}
+        known = {key for rule in self.rules for key in rule.names}
+        for key, value in inner.items():
+            if key not in known and value:
+                raise ConfigError(f"config.json: {name}.{key}: {value!r} is not understood.{nearest(key, known)}")
+        for rule in self.rules:
+            rule.read(inner, document)
+
+    def write(self, document: Document, config: dict[str, Any]) -> None:
+        inner: dict[str, Any] = {}
+        for rule in self.rules:
+            rule.write(document, inner)
+        config[self.names[0]] = inner
+
+
 class Windows(Rule):
     """Which layers see a window only: `layer_types` and `sliding_window`.
 
@@ -184,51 +232,3 @@ class Ignored(Rule):
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
         pass
-
-
-class Width(Rule):
-    """The feed-forward's width, four times the model's where the key is null or absent.
-
-    name: the key; None: there is none, and the width is always that. said: written also where it is that.
-    """
-
-    PATH = "layers.*.feedforward.dim"
-
-    def __init__(self, name: str | None, *, said: bool = True):
-        self.name, self.said = name, said
-        self.names = () if name is None else (name,)
-
-    def read(self, config: Mapping[str, Any], document: Document) -> None:
-        width = config.get(self.name) if self.name else None
-        for feedforward, key in places(document, self.PATH):
-            feedforward[key] = 4 * document["dim"] if width is None else width
-
-    def write(self, document: Document, config: dict[str, Any]) -> None:
-        width = next((feedforward[key] for feedforward, key in places(document, self.PATH) if key in feedforward), None)
-        if width is None:
-            raise Mismatch(f"it has no {self.PATH}")
-        if self.name is not None:
-            config[self.name] = width if self.said or width != 4 * document["dim"] else None
-
-
-class Inside(Rule):
-    """Rules for the mapping that stands under one key."""
-
-    def __init__(self, name: str, *rules: Rule):
-        self.names, self.rules = (name,), rules
-
-    def read(self, config: Mapping[str, Any], document: Document) -> None:
-        (name,) = self.names
-        inner = config.get(name) or {}
-        known = {key for rule in self.rules for key in rule.names}
-        for key, value in inner.items():
-            if key not in known and value:
-                raise ConfigError(f"config.json: {name}.{key}: {value!r} is not understood.{nearest(key, known)}")
-        for rule in self.rules:
-            rule.read(inner, document)
-
-    def write(self, document: Document, config: dict[str, Any]) -> None:
-        inner: dict[str, Any] = {}
-        for rule in self.rules:
-            rule.write(document, inner)
-        config[self.names[0]] = inner

@@ -58,6 +58,8 @@ def test_plain(linear: Linear, leaf: str) -> None:
         "x.k_proj": linear.parts["k"],
         "x.value_proj": linear.parts["v"],
     }
+    swapped = sources(Plain("{part}", k="v", v="k"), parameter, linear)
+    assert torch.equal(swapped["v"], parted["x.k_proj"])
     merged = sources(Plain("{part}", k="kv", v="kv"), parameter, linear)
     assert {name: tensor.shape[0] for name, tensor in merged.items()} == {
         "q": linear.parts["q"],
