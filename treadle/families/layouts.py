@@ -62,7 +62,6 @@ class Plain(Layout):
     """The same tensor under another name; or one for each of our module's parts, experts or both.
 
     `{part}` in the name stands for the part's name (or the one given for it), `{expert}` for the expert's number.
-    Neighbouring parts that are given the same name lie in one tensor.
     """
 
     def __init__(self, name: str, **parts: str):
@@ -80,7 +79,7 @@ class Plain(Layout):
         self, source: str, tensor: Tensor, module: nn.Module, inside: View, expert: int | None
     ) -> Iterator[Piece]:
         parts: dict[str, int] = getattr(module, "parts", {}) if "{part}" in source else {"": tensor.shape[0]}
-        first: dict[str, str] = {}
+        first: dict[str, str] = {}  # neighbouring parts that are given the same name lie in one tensor
         sizes: dict[str, int] = {}
         for part, size in parts.items():
             part = first.setdefault(self.parts.get(part, part), part)
