@@ -79,10 +79,11 @@ class SharedExperts(Rule):
 
     def write(self, document: Document, config: dict[str, Any]) -> None:
         for moe, key in places(document, f"{MOE}.shared"):
-            width = moe[key]["dim"] if moe[key] else 0
-            if width % moe["dim"]:
-                raise Mismatch(f"its shared expert's dim={width} is no multiple of the experts' dim={moe['dim']}")
-            config["n_shared_experts"] = width // moe["dim"] or None
+            if not moe[key]:
+                raise Mismatch("its experts have no shared one beside them")
+            if moe[key]["dim"] % moe["dim"]:
+                raise Mismatch(f"its shared dim={moe[key]['dim']} is no multiple of the experts' dim={moe['dim']}")
+            config["n_shared_experts"] = moe[key]["dim"] // moe["dim"]
 
 
 LAYER = {

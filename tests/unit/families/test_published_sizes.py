@@ -370,6 +370,12 @@ def test_names_of_old() -> None:
     assert spec(BLOOM_560M, seq_length=512).max_length == 512
 
 
+def test_gpt_oss_without_rope_parameters_is_scaled_all_the_same() -> None:
+    """As transformers' class has it: YaRN by 32."""
+    bare = {key: value for key, value in GPT_OSS_20B.items() if key != "rope_scaling"}
+    assert unrolled(spec(bare)) == unrolled(spec(GPT_OSS_20B))
+
+
 def test_logits_scale_of_mpt() -> None:
     """Which transformers leaves out: the authors' code multiplies the logits by it."""
     assert spec(MPT_7B, logit_scale=0.5).logits_scale == 0.5
@@ -430,5 +436,10 @@ def test_deepseeks_shared_experts_are_as_wide_as_some_experts() -> None:
     moe = layer.feedforward  # type: ignore[attr-defined]
     narrow = moe.model_copy(update={"shared": moe.shared.model_copy(update={"dim": 1000})})
     model = spec(DEEPSEEK_V2_LITE).model_copy(update={"layers": [layer.model_copy(update={"feedforward": narrow})]})
-    with pytest.raises(ConfigError, match="dim=1000 is no multiple of the experts' dim=1408"):
+    with pytest.raises(ConfigError, match="shared dim=1000 is no multiple of the experts' dim=1408"):
         find(DEEPSEEK_V2_LITE).config(model)
+
+
+def test_deepseeks_experts_have_a_shared_one() -> None:
+    with pytest.raises(ConfigError, match="its experts have no shared one beside them"):
+        find(DEEPSEEK_V3).config(spec(DEEPSEEK_V3, n_shared_experts=None))
