@@ -51,8 +51,23 @@ def choose(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext, val
     return context.backend
 
 
+def tables(facts: AttentionFacts, context: AttentionContext) -> dict[str, tuple[Tensor, ...]]:
+    """What layers of these facts share of a context, by key; nothing where no backend that may be used wants any.
+
+    For flex, the chunks to visit. They are made here, outside of the layers: once for all of them, and as inputs of a
+    compiled layer, whose backward reads wild addresses where it has to compute them again (torch 2.11 on CUDA).
+    """
+    S = context.positions_BS.shape[1]
+    wanted = context.backend == "flex" or (
+        context.backend == "auto" and (facts.softcap is not None or not sdpa.is_plain(S, facts, context))
+    )
+    if not wanted or context.cache is not None or context.positions_BS.device.type != "cuda":
+        return {}
+    return {flex.key(facts): flex.tables(facts, context)}
+
+
 def _preference(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> tuple[str, ...]:
     """Fastest first. On CUDA a dense mask costs quadratic memory, so sdpa with one comes after flash and flex."""
-    if q_BSHK.device.type == "cuda" and not sdpa.is_plain_causal(q_BSHK, facts, context):
+    if q_BSHK.device.type == "cuda" and not sdpa.is_plain(q_BSHK.shape[1], facts, context):
         return "flash", "flex", "sdpa", "reference"
     return "sdpa", "flash", "flex", "reference"

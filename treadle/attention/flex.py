@@ -77,23 +77,20 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
-    """The mask as flex wants it: which 128 x 128 chunks to visit, and a function for the elements inside.
+def key(facts: AttentionFacts) -> str:
+    """The name in `context.tables` of the chunks to visit, which depend on this fact alone."""
+    return f"chunks window={facts.window}"
 
-    Which chunks to visit follows from each chunk's first and last document and position, so it costs O(C^2) and not
-    O(S^2): a chunk pair is skipped when no pair of its tokens can see each other.
+
+def tables(facts: AttentionFacts, context: AttentionContext) -> tuple[Tensor, ...]:
+    """Which chunks of 128 keys each chunk of queries visits, and the other way round.
+
+    A chunk pair is skipped when no pair of its tokens can see each other, which follows from each chunk's first and
+    last document and position: so it costs O(C^2) and not O(S^2).
+    -> counts_B1C and order_B1CC of keys by queries, then of queries by keys; int32
     """
     documents_BS, positions_BS, window = context.documents_BS, context.positions_BS, facts.window
     B, S = positions_BS.shape
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        keep = k <= q  # within a document, order of index is order of position
-        if window is not None:
-            keep = keep & (k > q - window)
-        if documents_BS is not None:
-            keep = keep & (documents_BS[b, q] == documents_BS[b, k])
-        return keep
-
     C = -(-S // CHUNK)
     chunk = torch.arange(C, device=positions_BS.device)
     visit_BCC = (chunk[:, None] >= chunk[None, :])[None].expand(B, C, C)
@@ -103,6 +100,39 @@ def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
         padded_BCL = torch.nn.functional.pad(documents_BS, (0, C * CHUNK - S), mode="replicate").view(B, C, CHUNK)
         first_BC, last_BC = padded_BCL[..., 0], padded_BCL[..., -1]
         visit_BCC = visit_BCC & (first_BC[:, :, None] <= last_BC[:, None, :])
-    counts_BHC = visit_BCC.sum(-1, dtype=torch.int32)[:, None]
-    order_BHCC = visit_BCC.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[:, None]
-    return BlockMask.from_kv_blocks(counts_BHC, order_BHCC, BLOCK_SIZE=CHUNK, mask_mod=sees, seq_lengths=(S, S))
+    return *_ordered(visit_BCC), *_ordered(visit_BCC.mT)
+
+
+def _ordered(visit_BCC: Tensor) -> tuple[Tensor, Tensor]:
+    """How many chunks each row visits; all chunks, those first."""
+    order_BCC = visit_BCC.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return visit_BCC.sum(-1, dtype=torch.int32)[:, None].contiguous(), order_BCC.to(torch.int32)[:, None].contiguous()
+
+
+def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
+    """The mask as flex wants it: the chunks to visit, and a function for the elements inside."""
+    documents_BS, window = context.documents_BS, facts.window
+    S = context.positions_BS.shape[1]
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        keep = k <= q  # within a document, order of index is order of position
+        if window is not None:
+            keep = keep & (k > q - window)
+        if documents_BS is not None:
+            keep = keep & (documents_BS[b, q] == documents_BS[b, k])
+        return keep
+
+    kv_counts, kv_order, q_counts, q_order = context.tables.get(key(facts)) or tables(facts, context)
+    return BlockMask(
+        seq_lengths=(S, S),
+        kv_num_blocks=kv_counts,
+        kv_indices=kv_order,
+        full_kv_num_blocks=None,
+        full_kv_indices=None,
+        q_num_blocks=q_counts,
+        q_indices=q_order,
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(CHUNK, CHUNK),
+        mask_mod=sees,
+    )

@@ -38,7 +38,7 @@ def attend(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     first_call = replace(context, cache=None) if q_BSHK.shape[1] == k_BTGK.shape[1] else context  # the cache was empty
-    causal = is_plain_causal(q_BSHK, facts, first_call)
+    causal = is_plain(q_BSHK.shape[1], facts, first_call)
     mask = None if causal else _mask(q_BSHK, k_BTGK.shape[1], facts, context, sinks_H)
     if sinks_H is not None:
         k_BTGK, v_BTGV = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k_BTGK, v_BTGV))
@@ -93,11 +93,11 @@ def _mask(
     return mask
 
 
-def is_plain_causal(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> bool:
+def is_plain(length: int, facts: AttentionFacts, context: AttentionContext) -> bool:
     """True when every row is one document seen whole: no mask is needed beyond the triangle."""
     if facts.alibi or facts.sinks:
         return False
-    whole = facts.window is None or facts.window >= q_BSHK.shape[1]
+    whole = facts.window is None or facts.window >= length
     return whole and context.documents_BS is None and context.cache is None
 
 

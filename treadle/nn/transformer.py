@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from treadle.attention import AttentionContext, Cache
+from treadle.attention import tables as attention_tables
 from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
@@ -168,7 +169,11 @@ class Transformer(nn.Module):
         """The context with what layers derive from the context's positions, computed once for all that share it."""
         modules: list[Any] = [module for module in self.modules() if hasattr(module, "tables")]
         sources = {module.key: module for module in modules}
-        return replace(context, tables={key: m.tables(context) for key, m in sources.items()})
+        tables = {key: m.tables(context) for key, m in sources.items()}
+        mixers: list[Any] = [module for module in self.modules() if hasattr(module, "facts")]
+        for facts in dict.fromkeys(mixer.facts for mixer in mixers):
+            tables |= attention_tables(facts, context)
+        return replace(context, tables=tables)
 
     def initialise(self, seed: int) -> "Transformer":
         """Fill all weights; see `treadle.nn.init`."""
