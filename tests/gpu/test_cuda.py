@@ -258,6 +258,16 @@ def test_positions_and_sinks_compile_to_the_same_losses(position: Any) -> None:
         assert got == pytest.approx(exact, abs=0.05), checkpointing
 
 
+def test_gated_delta_net_compiles_to_the_same_losses() -> None:
+    mixer = {"kind": "gated_delta", "heads": 2, "value_heads": 4, "head_dim": 32}
+    spec = {**SPEC, "layers": [{**SPEC["layers"][0], "mixer": mixer}]}
+    exact = losses(True, steps=8, precision="fp32", compile=False, spec=spec)
+    assert exact[-1] < exact[0] - 0.4
+    for checkpointing in ("none", "full"):
+        got = losses(True, steps=8, precision="bf16", compile=True, activation_checkpointing=checkpointing, spec=spec)
+        assert got == pytest.approx(exact, abs=0.05), checkpointing
+
+
 def test_multi_token_prediction_compiles_to_the_same_losses() -> None:
     spec = {**SPEC, "multi_token": {"kind": "sequential", "depth": 2}}
     exact = losses(True, precision="fp32", compile=False, spec=spec)
