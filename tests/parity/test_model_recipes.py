@@ -47,3 +47,12 @@ def test_transformers_counts_as_many(name: str) -> None:
         peer = transformers.AutoModelForCausalLM.from_config(config)
     biases = [b for name, b in peer.named_buffers() if name.endswith("correction_bias")]  # a parameter, to others
     assert sum(tensor.numel() for tensor in (*peer.parameters(), *biases)) == int(count.replace(",", ""))
+
+
+def test_the_page_lists_every_family() -> None:
+    page = (FOLDER.parents[1] / "docs/families.md").read_text()
+    table = page.partition("## Which")[2].partition("\n## ")[0]
+    assert {
+        name for line in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"\w+", line)
+    } == {family.model_type for family in families()}
+    assert f", {len(PUBLISHED)} of them," in page
