@@ -39,7 +39,7 @@ def show(
     if not console.is_terminal:
         console.width = 400  # a file has no edge to wrap at
     console.print(_tree(model, length))
-    legend = f"Per token: forward FLOPs at a length of {length:,} (causal), numbers kept in the cache."
+    legend = f"Per token: forward FLOPs at a length of {length:,} (causal), bytes kept in the cache in bf16."
     if flops.state_elements(model):
         legend += " Per row: numbers kept in the state."
     console.print(legend, highlight=False)
@@ -110,7 +110,7 @@ def _costs(model: "nn.Module", length: int) -> dict[str, str]:
         "parameters": f"{total:,}",
         "active": f"{active:,}" if active != total else "",
         "FLOPs": _short(flops.forward_flops(model, length)),
-        "cache": f"{flops.cache_elements(model):,}",
+        "cache bytes": f"{2 * flops.cache_elements(model):,}",
         "state": f"{flops.state_elements(model):,}",
     }
 

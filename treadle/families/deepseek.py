@@ -12,7 +12,6 @@ from treadle.families.layouts import ByBlock, HeadByHead, Layout, Plain
 from treadle.families.llama import EMBEDDINGS, EPS, NORMS
 from treadle.families.rope import Rope
 from treadle.families.rules import Document, Ignored, Key, Mismatch, Rule, places
-from treadle.nn.moe import MoE
 
 MOE = "layers.*.feedforward[moe]"
 
@@ -114,10 +113,6 @@ ATTENTION: tuple[Rule, ...] = (
 SILENT = Ignored("head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size")  # derived, or of the training
 
 
-def of_experts(block: nn.Module) -> str:
-    return "experts.{expert}." if isinstance(block, MoE) else ""
-
-
 def expanded_queries(mixer: nn.Module) -> str:
     return "q_b_proj" if mixer.q_norm is not None else "q_proj"
 
@@ -134,8 +129,8 @@ TENSORS: dict[str, str | Layout] = {
     "layers.*.mixer.kv_up": HeadByHead("model.layers.*.self_attn.kv_b_proj"),
     "layers.*.mixer.out": "model.layers.*.self_attn.o_proj",
     "layers.*.feedforward.router.gate": "model.layers.*.mlp.gate",
-    "layers.*.feedforward.gate_up": ByBlock("model.layers.*.mlp.{which}{part}_proj", of_experts),
-    "layers.*.feedforward.down": ByBlock("model.layers.*.mlp.{which}down_proj", of_experts),
+    "layers.*.feedforward.gate_up": "model.layers.*.mlp.{experts}{part}_proj",
+    "layers.*.feedforward.down": "model.layers.*.mlp.{experts}down_proj",
     "layers.*.feedforward.shared.gate_up": "model.layers.*.mlp.shared_experts.{part}_proj",
     "layers.*.feedforward.shared.down": "model.layers.*.mlp.shared_experts.down_proj",
 }

@@ -38,7 +38,7 @@ def test_show_folds_equal_layers_and_counts(spec: str) -> None:
     lines = shown.splitlines()
     local, whole = 2 * 16 + 4 * 16 * 16 + 2 * 16 * 24, 4 * 16 + 3 * 16 * 16 + 3 * 16 * 24
     assert f"{4 * local + 2 * whole + 2 * 64 * 16 + 16:,} parameters" in lines[0]
-    assert f"{4 * 32 + 2 * 16} cache" in lines[0]
+    assert f"{2 * (4 * 32 + 2 * 16)} cache bytes" in lines[0]
     (folded,) = [line for line in lines if "layers 0-1, 3-4 (4 equal, each)" in line]
     # Two FLOPs for each of its matrices' elements, and 4 x 16 for each of the 8 - 8^2 / (2 * 32) tokens that a query
     # sees on average: the first ones of a row see less than the window.
