@@ -18,7 +18,7 @@ from treadle.tracking.read import load_config, load_status
 
 LABELS = {"attention": "attention", "gated-delta": "gated delta net", "window": "attention, window of 16"}
 RECIPES = {"attention": "mqar.yaml", "gated-delta": "mqar-gated-delta.yaml", "window": "mqar-window.yaml"}
-DIMS, QUICK_DIMS = (64, 128, 256), (16, 32)
+DIMS, QUICK_DIMS = (32, 64, 128), (16, 32)
 QUICK = (
     "task={kind: mqar, vocab_size: 32, pairs: [2, 4, 8]}",
     "training.steps=200",
