@@ -203,7 +203,7 @@ def test_show_has_the_state(tmp_path: Path) -> None:
         path.write_text(to_yaml(resolve(TransformerConfig, spec(hybrid=hybrid))))
         shown[hybrid] = CliRunner().invoke(cli.app, ["model", "show", str(path)]).output.splitlines()
     each = 4 * 8 * 12 + 3 * 80
-    assert f"32 cache   {3 * each:,} state" in shown[True][0]
+    assert f"64 cache bytes   {3 * each:,} state" in shown[True][0]
     assert f"FLOPs   {2 * each:,} state" in shown[False][0], "a cache of nothing is left out"
     assert "Per row: numbers kept in the state." in shown[True][-1]
 

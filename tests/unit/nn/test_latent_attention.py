@@ -247,6 +247,6 @@ def test_it_survives_yaml_and_is_shown(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["model", "show", str(path)])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert f"{C + R} cache" in lines[0]
+    assert f"{2 * (C + R)} cache bytes" in lines[0]
     for shown in ("down  Linear  [30 × 12] replicate", "kv_up  Linear  [42 × 16] column", "q_norm  RMSNorm"):
         assert any(shown in line for line in lines), result.output
