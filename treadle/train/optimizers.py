@@ -1,7 +1,7 @@
 """Optimizers, and which of them steps which parameter."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -10,6 +10,7 @@ from torch import nn
 from treadle.config import Kind
 from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.roles import is_matrix, parameter_roles
+from treadle.parallel.shards import mesh_of
 from treadle.train.muon import Muon
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -92,12 +93,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def _decay_groups(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
 ) -> Iterator[dict[str, object]]:
-    """Matrices with decay, vectors without; empty groups left out."""
+    """Matrices with decay, vectors without, on each mesh of processes; empty groups left out."""
     roles = parameter_roles(model)
+    groups: dict[Any, list[nn.Parameter]] = {}
     for decays in (True, False):
-        chosen = [p for name, p in parameters.items() if is_matrix(name, roles[name], p) == decays]
-        if chosen:
-            yield {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
+        for name, p in parameters.items():
+            if is_matrix(name, roles[name], p) == decays:
+                groups.setdefault((decays, mesh_of(p)), []).append(p)
+    for (decays, _), chosen in groups.items():
+        yield {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
 
 
 class Optimizers:
