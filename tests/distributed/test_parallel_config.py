@@ -72,5 +72,8 @@ def test_a_device_for_each_process():
 def test_sizes_are_found_in_every_layer():
     with pytest.raises(ConfigError, match=r"3 does not divide heads=2"):
         check_layout(
-            ParallelConfig(tensor=3), 3, spec([layer({**ATTENTION, "heads": 6, "kv_heads": 6, "head_dim": 8}), layer(DELTA)]), 8
+            ParallelConfig(tensor=3),
+            3,
+            spec([layer({**ATTENTION, "heads": 6, "kv_heads": 6, "head_dim": 8}), layer(DELTA)]),
+            8,
         )
