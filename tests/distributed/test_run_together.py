@@ -16,6 +16,7 @@ from harness import RankFailed, run
 from safetensors.torch import load_file
 
 from treadle import recipes
+from treadle.config import resolve
 from treadle.errors import TrainingError
 from treadle.train.loop import Loop
 
@@ -114,6 +115,29 @@ def test_one_is_asked_to_stop_and_others_go_on(workplace):
     assert [r["step"] for r in records(workplace / "stopped")] == [1, 2, 3]
     run(train, 4, workplace, "stopped", ["parallel.replicate=2"], True)
     assert_same_run(workplace / "stopped", workplace / "one")
+
+
+def recall(folder: Path, run_folder: str):
+    os.chdir(folder)
+    recipe = {
+        "recipe": "task",
+        "device": "cpu",
+        "folder": run_folder,
+        "task": {"kind": "mqar", "pairs": 4, "vocab_size": 64},
+        "model": {"dim": 32, "max_length": 64, "layers": [layer()]},
+        "training": {"steps": 3, "sequence_length": 32, "batch_size": 8, "precision": "fp32", "compile": False},
+        "evaluate": {"samples": 21},
+    }
+    recipes.main(resolve(recipes.schema("task"), recipe))
+
+
+def test_a_task_is_answered_together(workplace):
+    """21 samples are not shared out equally: the last process keeps the others company."""
+    for ranks in (1, 4):
+        run(recall, ranks, workplace, f"recall-{ranks}")
+    one, four = (records(workplace / f"recall-{ranks}", "evaluate")[0] for ranks in (1, 4))
+    assert four["accuracy"] == one["accuracy"]
+    assert four["row_accuracy"] == one["row_accuracy"]
 
 
 def diverge(folder: Path):
