@@ -21,13 +21,14 @@ from treadle.config.base import Config
 from treadle.data.packing import Batch
 from treadle.nn.flops import parameter_count, training_flops
 from treadle.nn.transformer import TransformerConfig
+from treadle.parallel.mesh import Mesh, find_device
 from treadle.train.config import TrainingConfig
 from treadle.train.hardware import device_name, peak_flops
 from treadle.train.loop import Callback, Loop, StepRecord
 from treadle.train.losses import cross_entropy
 from treadle.train.optimizers import AdamWConfig
 from treadle.train.schedules import ConstantConfig
-from treadle.train.setup import build_model, build_state, find_device
+from treadle.train.setup import build_model, build_state
 
 
 class Benchmark(Config):
@@ -74,7 +75,7 @@ def measure(
     device = find_device("auto")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    built = build_model(config.model, config.training, seed=0, device=device)
+    built = build_model(config.model, config.training, seed=0, mesh=Mesh(device=device))
     state = build_state(built, AdamWConfig(lr=1e-4), config.training)
     clock = Clock(warmup)
     rows, length = config.training.batch_size, config.training.sequence_length

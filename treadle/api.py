@@ -13,8 +13,8 @@ from treadle.errors import ConfigError
 from treadle.inference.load import load as load_folder
 from treadle.inference.text import generate, stream
 from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.parallel.mesh import find_device
 from treadle.tracking.runs import Runs
-from treadle.train.setup import find_device
 
 __all__ = ["build", "find_run", "generate", "load", "run", "stream"]
 

@@ -21,10 +21,10 @@ import torch
 from treadle import recipes
 from treadle.config import to_yaml
 from treadle.errors import RunError
+from treadle.parallel.mesh import find_device
 from treadle.tracking.environment import git_state
 from treadle.tracking.read import CONFIG_FILE, STATUS_FILE, load_status
 from treadle.train.hardware import device_name
-from treadle.train.setup import find_device
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent

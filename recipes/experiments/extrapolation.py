@@ -22,9 +22,9 @@ from treadle.evaluate.longrope import search_divisors, with_scaling
 from treadle.evaluate.perplexity import Perplexity
 from treadle.inference.load import load
 from treadle.nn.transformer import Transformer
+from treadle.parallel.mesh import find_device
 from treadle.tracking.plot import COLORS, INK, house_style, new_figure, save_figure
 from treadle.tracking.read import load_config
-from treadle.train.setup import find_device
 
 LABELS = {"alibi": "ALiBi", "rope": "RoPE", "longrope": "LongRoPE, not trained further", "sinusoidal": "sinusoidal"}
 RECIPES = {

@@ -16,6 +16,7 @@ from treadle.kernels.linear_cross_entropy import linear_cross_entropy
 from treadle.nn.latent_attention import LatentAttention, LatentAttentionConfig
 from treadle.nn.position import RopeConfig
 from treadle.nn.transformer import TransformerConfig
+from treadle.parallel.mesh import Mesh
 from treadle.train.checkpoint import Checkpointer
 from treadle.train.config import CheckpointConfig, TrainingConfig
 from treadle.train.loop import Callback, Loop, StepRecord
@@ -228,7 +229,7 @@ def losses(
 ) -> list[float]:
     torch.compiler.reset()
     config = TrainingConfig(steps=steps, sequence_length=256, batch_size=4, **changes)
-    model = build_model(resolve(TransformerConfig, spec), config, seed=0, device=CUDA)
+    model = build_model(resolve(TransformerConfig, spec), config, seed=0, mesh=Mesh(device=CUDA))
     state = build_state(model, optimizer or AdamWConfig(lr=3e-3), config)
     record = Losses()
     Loop(state, config, ConstantConfig(), cross_entropy, [record]).run(batches(steps, packed))
@@ -309,7 +310,7 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(tmp_path: Path) -> None:
 
     def fresh() -> Any:
         return build_state(
-            build_model(resolve(TransformerConfig, SPEC), config, seed=0, device=CUDA), AdamWConfig(), config
+            build_model(resolve(TransformerConfig, SPEC), config, seed=0, mesh=Mesh(device=CUDA)), AdamWConfig(), config
         )
 
     whole, first, second = Losses(), Losses(), Losses()

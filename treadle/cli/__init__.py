@@ -5,7 +5,9 @@ anything else is a bug and keeps its traceback.
 """
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,6 +22,7 @@ from treadle.errors import TreadleError
 
 # In the order of `treadle --help`. A command is the function of the same name in its module; a group is its `app`.
 COMMANDS = ("train", "generate")
+SECONDS_FOR_THE_LEADER = 1.0  # what all processes complain about, the leading one says, and its end is theirs
 GROUPS = ("tokenizer", "data", "model", "convert", "runs", "config")
 
 
@@ -43,6 +46,8 @@ class _LazyGroup(TyperGroup):
         except TreadleError as error:
             if ctx.params.get("debug"):
                 raise
+            if not _leads():
+                time.sleep(SECONDS_FOR_THE_LEADER)
             _print_error(error)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
@@ -53,6 +58,11 @@ def _single(function: Callable[..., Any]) -> Any:
     single = typer.Typer(add_completion=False)
     single.command()(function)
     return get_command(single)
+
+
+def _leads() -> bool:
+    """Whether this is the process of a run that prints (the others of a torchrun know their rank)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_error(error: TreadleError) -> None:
@@ -86,10 +96,14 @@ def _root(
 ) -> None:
     """Compose, train, sample and measure language models."""
     shown = logging.StreamHandler()  # to the terminal only what needs attention; the run's log.txt holds the rest
-    shown.setLevel(logging.WARNING)
+    shown.setLevel(logging.WARNING if _leads() else logging.ERROR)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[shown])
 
 
 def main() -> None:
     """The `treadle` script."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # the launcher is told which process failed first, and why
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        sys.exit(record(app)())
     sys.exit(app())

@@ -1,7 +1,7 @@
 """`treadle train`: run a recipe, or go on with a run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ def train(
         str | None, typer.Option(help="A preset of the recipe. Default: the one named after the device.")
     ] = None,
     root: Annotated[Path, typer.Option(help="Where --resume looks for runs.")] = Path("runs"),
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start on this machine, one for each GPU. Or use torchrun.")
+    ] = None,
 ) -> None:
     """Train a model from a recipe.
 
@@ -38,6 +41,8 @@ def train(
         treadle train recipes/quickstart.yaml training.steps=2000 optimizer.lr=1e-3
 
         treadle train --resume latest
+
+        treadle train recipes/quickstart.yaml --nproc 8
     """
     import treadle
 
@@ -49,4 +54,27 @@ def train(
         recipe = None
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("give a recipe, or --resume RUN")
-    treadle.run(recipe, changes, preset=preset, resume=resume, root=root)
+    if nproc is None or nproc == 1:
+        treadle.run(recipe, changes, preset=preset, resume=resume, root=root)
+    else:
+        _start(recipe, changes, preset, resume, root, nproc)
+
+
+def _start(
+    recipe: Path | None, changes: list[str], preset: str | None, resume: str | None, root: Path, processes: int
+) -> None:
+    """The same command in each process, once it is clear that the recipe fits so many."""
+    import treadle
+    from treadle import recipes
+    from treadle.parallel.config import check_layout
+    from treadle.parallel.launch import launch
+
+    folder = None if resume is None else treadle.find_run(resume, root)
+    config: Any = recipes.load(recipe or folder / "config.yaml", changes, preset)  # type: ignore[operator]
+    check_layout(config.parallel, processes, config.model, config.training.batch_size)
+    arguments = ["train", *([str(recipe)] if recipe else []), *changes]
+    if folder is not None:
+        arguments += ["--resume", str(folder)]
+    if preset is not None:
+        arguments += ["--preset", preset]
+    launch(arguments, processes)

@@ -1,15 +1,17 @@
 """How many answers a model gets right: the likeliest token at each place that counts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field, PositiveInt
 
 from treadle.config import Config
+from treadle.data.batches import Batches
 from treadle.data.packing import Batch
 from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.nn.transformer import Transformer
+from treadle.parallel.mesh import Mesh
 
 
 class AccuracyConfig(Config):
@@ -33,9 +35,15 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate_accuracy(model: Transformer, batches: Iterable[Batch], *, attention: str = "auto") -> Accuracy:
-    """Answer every target of `batches` that is not -100. attention: the backend. The model's mode is left as it was."""
-    device, training = next(model.parameters()).device, model.training
+def evaluate_accuracy(
+    model: Transformer, batches: Iterable[Batch], *, attention: str = "auto", mesh: Mesh | None = None
+) -> Accuracy:
+    """Answer every target of `batches` that is not -100. attention: the backend. The model's mode is left as it was.
+
+    mesh: the processes that share the samples; each has as many batches as the others (`shared_out`).
+    """
+    mesh = mesh or Mesh()
+    device, training = model.device, model.training
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     answers = rows = 0
@@ -45,8 +53,21 @@ def evaluate_accuracy(model: Transformer, batches: Iterable[Batch], *, attention
         asked_BS = on_device.targets_BS != IGNORED
         right_BS = torch.ones_like(asked_BS)
         right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == on_device.targets_BS[asked_BS]
-        counts += torch.stack((right_BS[asked_BS].sum(), right_BS.all(dim=1).sum()))
-        answers, rows = answers + batch.valid_tokens, rows + len(asked_BS)
+        some_B = asked_BS.any(dim=1)
+        counts += torch.stack((right_BS[asked_BS].sum(), right_BS.all(dim=1)[some_B].sum()))
+        answers, rows = answers + batch.valid_tokens, rows + int((batch.targets_BS != IGNORED).any(dim=1).sum())
     model.train(training)
-    correct, rows_correct = counts.tolist()
+    correct, rows_correct = mesh.sum(counts).tolist()
+    answers, rows = mesh.sum_counts(answers, rows)
     return Accuracy(correct, answers, rows_correct, rows)
+
+
+def shared_out(data: Batches, samples: int, rows: int, mesh: Mesh) -> Iterator[Batch]:
+    """This process's batches of the first `samples` samples, as many as others have: the last may lack targets."""
+    for start in range(0, samples, mesh.data_size * rows):
+        first = start + mesh.data_rank * rows
+        if first < samples:
+            yield data.samples(first, min(first + rows, samples))
+        else:
+            idle = data.samples(0, 1)
+            yield replace(idle, targets_BS=torch.full_like(idle.targets_BS, IGNORED), valid_tokens=0)

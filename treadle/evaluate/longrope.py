@@ -68,7 +68,7 @@ def search_divisors(
 
 @torch.no_grad()
 def total_nats(model: Transformer, batches: Sequence[Batch], attention: str) -> float:
-    device = next(model.parameters()).device
+    device = model.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         here = batch.to(device)

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from treadle.config import Config
 from treadle.data.loader import Sequential
 from treadle.nn.transformer import Transformer
+from treadle.parallel.mesh import Mesh
 
 
 class EvaluateConfig(Config):
@@ -48,14 +49,15 @@ class Perplexity:
 
 @torch.no_grad()
 def evaluate_perplexity(
-    model: Transformer, data: Sequential, text_bytes: int, *, attention: str = "auto"
+    model: Transformer, data: Sequential, text_bytes: int, *, attention: str = "auto", mesh: Mesh | None = None
 ) -> Perplexity:
     """Predict every token of `data` once.
 
-    text_bytes: of the predicted tokens (`Sequential.predicted_bytes`). attention: the backend. The model's mode and
-    gradients are left as they were.
+    text_bytes: of the predicted tokens (`Sequential.predicted_bytes`). attention: the backend. mesh: the processes
+    that share `data`, each with its rows. The model's mode and gradients are left as they were.
     """
-    device, training = next(model.parameters()).device, model.training
+    mesh = mesh or Mesh()
+    device, training = model.device, model.training
     model.eval()
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in data:
@@ -64,4 +66,4 @@ def evaluate_perplexity(
         nats += model.head.cross_entropy(hidden_BSD, on_device.targets_BS)
         tokens += batch.valid_tokens
     model.train(training)
-    return Perplexity(nats.item(), tokens, text_bytes)
+    return Perplexity(mesh.sum(nats).item(), mesh.sum_counts(tokens)[0], text_bytes)

@@ -3,7 +3,7 @@
 B rows (samples of one prompt), S prompt length, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,15 +23,16 @@ def stream(
     samples: int = 1,
     seed: int = 0,
     backend: str = "auto",
+    agree: Callable[[Tensor], Tensor] = lambda chosen_B: chosen_B,
 ) -> Iterator[list[int]]:
     """Yield the next token of each of `samples` continuations of `prompt`, `max_new_tokens` times.
 
-    temperature 0 is greedy. top_k and top_p keep the likeliest tokens only. The caller decides when to stop. Raises
-    ValueError for an empty prompt.
+    temperature 0 is greedy. top_k and top_p keep the likeliest tokens only. The caller decides when to stop.
+    agree: makes the choice the same on all processes that share the model. Raises ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("the prompt has no token; begin with the end-of-text token to sample from nothing")
-    device = next(model.parameters()).device
+    device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = model.make_cache(samples, len(prompt) + max_new_tokens)
     tokens_BS = torch.tensor([list(prompt)], device=device).expand(samples, -1)
@@ -43,7 +44,7 @@ def stream(
         # entered for each token anew, so that they do not leak into the caller between two yields.
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             logits_BV = model.head(model.hidden(tokens_BS, context)[:, -1])
-            chosen_B = choose(logits_BV.float(), temperature, top_k, top_p, generator)
+            chosen_B = agree(choose(logits_BV.float(), temperature, top_k, top_p, generator))
         position += tokens_BS.shape[1]
         tokens_BS = chosen_B[:, None]
         yield chosen_B.tolist()

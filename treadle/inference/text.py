@@ -9,6 +9,7 @@ from treadle.config import Config
 from treadle.data.tokenizer import Tokenizer
 from treadle.inference import generate as sampling
 from treadle.nn.transformer import Transformer
+from treadle.parallel.mesh import Mesh
 
 
 class SampleConfig(Config):
@@ -20,9 +21,10 @@ class SampleConfig(Config):
     temperature: float = Field(0.8, ge=0, description="0 is greedy")
     top_p: float = Field(0.95, gt=0, le=1, description="keep the likeliest tokens that make up this probability")
 
-    def draw(self, model: Transformer, tokenizer: Tokenizer, seed: int) -> str:
-        """One continuation of the prompt."""
+    def draw(self, model: Transformer, tokenizer: Tokenizer, seed: int, mesh: Mesh | None = None) -> str:
+        """One continuation of the prompt; all processes that share the model draw it together."""
         options: dict[str, Any] = self.model_dump(include={"max_new_tokens", "temperature", "top_p"})
+        options["agree"] = (mesh or Mesh()).same
         return generate(model, tokenizer, self.prompt, seed=seed, **options)[0]
 
 

@@ -82,6 +82,7 @@ class GatedDelta(nn.Module):
         "norm": "replicate",
         "out": "row",
     }
+    full_precision = True  # decay, step size and convolution
 
     def __init__(self, config: GatedDeltaConfig, model_dim: int, max_length: int):
         super().__init__()

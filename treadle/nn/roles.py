@@ -1,5 +1,8 @@
 """What part each parameter plays, in one word: the parent block names its leaves' roles, and everything applied from
 outside (initialisation, parallelism, optimizers) asks here.
+
+A block that uses parameters in float32, whatever the compute dtype, says `full_precision = True`: they are then never
+rounded on their way between processes.
 """
 
 from typing import Literal, cast, get_args

@@ -1,8 +1,10 @@
 """A model on disk by itself: `model.yaml` says what it is, `model.safetensors` or its shards hold its weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from treadle.config import resolve, to_yaml
 from treadle.errors import CheckpointError
@@ -13,11 +15,20 @@ SPEC_FILE = "model.yaml"
 METADATA = {"format": "treadle-model-1"}
 
 
-def save_model(model: Transformer, folder: Path | str, *, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write the spec and the weights, in their own dtype; a shared weight is written once. Returns the folder."""
+def save_model(
+    model: Transformer,
+    folder: Path | str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    parameters: Iterable[tuple[str, Tensor]] | None = None,
+) -> Path:
+    """Write the spec and the weights, in their own dtype; a shared weight is written once. Returns the folder.
+
+    parameters: by name, one at a time, where the model's own are not whole.
+    """
     folder = Path(folder)
     with WeightsWriter(folder, shard_bytes=shard_bytes, metadata=METADATA) as writer:
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters() if parameters is None else parameters:
             writer.add(name, parameter)
         (folder / SPEC_FILE).write_text(to_yaml(model.config))
     return folder

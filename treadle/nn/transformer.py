@@ -3,6 +3,7 @@
 B batch, S sequence, D model dim, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
 from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, MultiTokenConfig, NormConfig
-from treadle.nn.init import InitConfig, NormalInitConfig, initialise
+from treadle.nn.init import InitConfig, NormalInitConfig, Piece, initialise
 from treadle.nn.linear import Embedding
 from treadle.nn.norm import RMSNormConfig
 
@@ -110,6 +111,7 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is not set; give a number, or a tokenizer to take it from")
         self.config = config
         self.dtype = torch.float32
+        self.compute_device: torch.device | None = None
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.embedding_norm = config.embedding_norm.build(config.dim) if config.embedding_norm else None
         self.position = config.position.build(config.dim, config.max_length) if config.position else None
@@ -175,13 +177,18 @@ class Transformer(nn.Module):
             tables |= attention_tables(facts, context)
         return replace(context, tables=tables)
 
-    def initialise(self, seed: int) -> "Transformer":
-        """Fill all weights; see `treadle.nn.init`."""
-        initialise(self, self.config.init, seed=seed, depth=len(self.config.expand()))
+    def initialise(self, seed: int, *, piece: Callable[[Tensor], Piece] = Piece.whole) -> "Transformer":
+        """Fill all weights, or the piece of each that is here; see `treadle.nn.init`."""
+        initialise(self, self.config.init, seed=seed, depth=len(self.config.expand()), piece=piece)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; weights that are offloaded lie elsewhere."""
+        return self.compute_device or self.embedding.weight.device
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
-        device = self.embedding.weight.device
+        device = self.device
         mixers: list[Any] = [layer.mixer for layer in self.layers.values()]
         return Cache([m.make_cache(batch, capacity, self.dtype, device) for m in mixers])

@@ -18,15 +18,14 @@ from treadle.data.prepare import Prepared, prepare
 from treadle.evaluate.perplexity import EvaluateConfig, evaluate_perplexity
 from treadle.inference.load import FINAL, TOKENIZER
 from treadle.inference.text import SampleConfig
-from treadle.nn.store import save_model
-from treadle.nn.transformer import Transformer
+from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics, load_samples
 from treadle.tracking.run import Run
 from treadle.train.callbacks import Callback, Every
 from treadle.train.losses import cross_entropy
-from treadle.train.session import SessionConfig, open_session
-from treadle.train.setup import find_device, with_vocabulary
+from treadle.train.session import Session, SessionConfig, open_processes, open_session
+from treadle.train.setup import with_vocabulary
 
 
 class RecipeConfig(SessionConfig):
@@ -41,39 +40,42 @@ class RecipeConfig(SessionConfig):
 
 def main(config: RecipeConfig, *, resume: Path | None = None, console: Console | None = None) -> Path:
     """Train; returns the run folder. resume: the folder of a run to go on with, from its latest checkpoint."""
-    console = console or Console()
-    device = find_device(config.device)
-    sinks = config.tracking.build()
-    data = prepare(config.data)
-    loader = Loader(
-        data.train,
-        data.weights,
-        sequence_length=config.training.sequence_length,
-        batch_size=config.training.batch_size,
-        seed=config.seed,
-        isolate_documents=config.data.isolate_documents,
-    )
-    spec = with_vocabulary(config.model, data.tokenizer.vocab_size)
-    assert spec.vocab_size is not None  # with_vocabulary has set it
-    check_vocabulary((*data.train, *data.validation.values()), spec.vocab_size)
-    with open_session(config, spec, loader, sinks, device=device, resume=resume, console=console) as session:
-        run, model = session.run, session.model
-        data.tokenizer.save(run.folder / TOKENIZER)
-        session.announce(f"{sum(dataset.tokens for dataset in data.train):,} training tokens")
-        loss = partial(cross_entropy, z_loss=config.training.z_loss, attention=config.training.attention)
-        around = evaluations(config, run, model, data)
-        if session.train(loss, around, length=attended_length(config, data)):
-            finish(config, run, model, data, console)
-    return run.folder
+    with open_processes(config) as mesh:
+        console = console or Console(quiet=not mesh.leads)
+        sinks = config.tracking.build() if mesh.leads else []
+        with mesh.in_turn():
+            data = prepare(config.data, progress=mesh.leads)
+        loader = Loader(
+            data.train,
+            data.weights,
+            sequence_length=config.training.sequence_length,
+            batch_size=config.training.batch_size,
+            seed=config.seed,
+            rank=mesh.data_rank,
+            world=mesh.data_size,
+            isolate_documents=config.data.isolate_documents,
+        )
+        spec = with_vocabulary(config.model, data.tokenizer.vocab_size)
+        assert spec.vocab_size is not None  # with_vocabulary has set it
+        check_vocabulary((*data.train, *data.validation.values()), spec.vocab_size)
+        with open_session(config, spec, loader, sinks, mesh=mesh, resume=resume, console=console) as session:
+            if mesh.leads:
+                data.tokenizer.save(session.run.folder / TOKENIZER)
+            session.announce(f"{sum(dataset.tokens for dataset in data.train):,} training tokens")
+            loss = partial(cross_entropy, z_loss=config.training.z_loss, attention=config.training.attention)
+            around = evaluations(config, session, data)
+            if session.train(loss, around, length=attended_length(config, data)):
+                finish(config, session, data)
+            return session.run.folder
 
 
-def evaluations(config: RecipeConfig, run: Run, model: Transformer, data: Prepared) -> list[Callback]:
+def evaluations(config: RecipeConfig, session: Session, data: Prepared) -> list[Callback]:
     """What is looked at on the way."""
     around: list[Callback] = []
     if config.evaluate is not None:
-        around.append(Every(config.evaluate.every, partial(log_evaluation, config, run, model, data)))
+        around.append(Every(config.evaluate.every, partial(log_evaluation, config, session, data)))
     if config.sample is not None:
-        around.append(Every(config.sample.every, partial(log_sample, config.sample, run, model, data)))
+        around.append(Every(config.sample.every, partial(log_sample, config.sample, session, data)))
     return around
 
 
@@ -86,31 +88,40 @@ def attended_length(config: RecipeConfig, data: Prepared) -> float:
     return sum(map(operator.mul, lengths, data.weights)) / sum(data.weights)
 
 
-def log_evaluation(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, step: int) -> None:
+def log_evaluation(config: RecipeConfig, session: Session, data: Prepared, step: int) -> None:
+    mesh = session.mesh
+    rows = (config.evaluate and config.evaluate.batch_size) or session.rows
     for name, dataset in data.validation.items():
         held_out = Sequential(
             dataset,
             sequence_length=config.training.sequence_length,
-            batch_size=(config.evaluate and config.evaluate.batch_size) or config.training.rows,
+            batch_size=rows * mesh.data_size,
+            rank=mesh.data_rank,
+            world=mesh.data_size,
             isolate_documents=config.data.isolate_documents,
         )
         tokenizer = data.tokenizer
         text_bytes = held_out.predicted_bytes(tokenizer.token_bytes(), tokenizer.token_bytes(opening=True))
-        result = evaluate_perplexity(model, held_out, text_bytes, attention=config.training.attention)
-        run.log(step, result.metrics(), kind=evaluation_kind(data, name))
+        attention = config.training.attention
+        result = evaluate_perplexity(session.model, held_out, text_bytes, attention=attention, mesh=mesh)
+        session.run.log(step, result.metrics(), kind=evaluation_kind(data, name))
 
 
-def log_sample(sample: SampleConfig, run: Run, model: Transformer, data: Prepared, step: int) -> None:
-    run.sample(step, sample.prompt, sample.draw(model, data.tokenizer, seed=step))
+def log_sample(sample: SampleConfig, session: Session, data: Prepared, step: int) -> None:
+    text = sample.draw(session.model, data.tokenizer, seed=step, mesh=session.mesh)
+    session.run.sample(step, sample.prompt, text)
 
 
 def evaluation_kind(data: Prepared, name: str) -> str:
     return "evaluate" if len(data.validation) == 1 else f"evaluate/{name}"
 
 
-def finish(config: RecipeConfig, run: Run, model: Transformer, data: Prepared, console: Console) -> None:
+def finish(config: RecipeConfig, session: Session, data: Prepared) -> None:
     """Keep the final weights by themselves, and show what came out."""
-    folder = save_model(model, run.folder / FINAL)
+    run, console = session.run, session.console
+    folder = save_whole(session.model, run.folder / FINAL, session.mesh)
+    if not session.mesh.leads:
+        return
     data.tokenizer.save(folder / TOKENIZER)
     plot = plot_training(run.folder, run.folder / "training.png")
     console.rule(f"run {run.id}")

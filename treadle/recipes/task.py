@@ -2,24 +2,22 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 from rich.console import Console
 
 from treadle.config import key_error, key_errors
 from treadle.data.tasks import TaskBatches, TaskConfig
-from treadle.evaluate.accuracy import AccuracyConfig, evaluate_accuracy
+from treadle.evaluate.accuracy import AccuracyConfig, evaluate_accuracy, shared_out
 from treadle.inference.load import FINAL
-from treadle.nn.store import save_model
-from treadle.nn.transformer import Transformer
+from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics
-from treadle.tracking.run import Run
 from treadle.train.callbacks import Every
 from treadle.train.losses import cross_entropy
-from treadle.train.session import SessionConfig, open_session
-from treadle.train.setup import find_device, with_vocabulary
+from treadle.train.session import Session, SessionConfig, open_processes, open_session
+from treadle.train.setup import with_vocabulary
 
 
 class RecipeConfig(SessionConfig):
@@ -45,45 +43,49 @@ class RecipeConfig(SessionConfig):
 
 def main(config: RecipeConfig, *, resume: Path | None = None, console: Console | None = None) -> Path:
     """Train; returns the run folder. resume: the folder of a run to go on with, from its latest checkpoint."""
-    console = console or Console()
-    device = find_device(config.device)
-    sinks = config.tracking.build()
-    batches = samples_of(config, config.task, config.training.batch_size)
-    spec = with_vocabulary(config.model, config.task.vocab_size)
-    with open_session(config, spec, batches, sinks, device=device, resume=resume, console=console) as session:
-        run, model, training = session.run, session.model, config.training
-        session.announce(f"task {config.task.kind}")  # type: ignore[attr-defined]
-        loss = partial(cross_entropy, z_loss=training.z_loss, attention=training.attention)
-        around = [Every(config.evaluate.every, partial(log_accuracy, config, run, model))]
-        if session.train(loss, around, length=training.sequence_length):
-            finish(config, run, model, console)
-    return run.folder
+    training = config.training
+    with open_processes(config) as mesh:
+        console = console or Console(quiet=not mesh.leads)
+        sinks = config.tracking.build() if mesh.leads else []
+        share = {"rank": mesh.data_rank, "world": mesh.data_size}
+        batches = samples_of(config, config.task, training.batch_size, **share)
+        spec = with_vocabulary(config.model, config.task.vocab_size)
+        with open_session(config, spec, batches, sinks, mesh=mesh, resume=resume, console=console) as session:
+            session.announce(f"task {config.task.kind}")  # type: ignore[attr-defined]
+            loss = partial(cross_entropy, z_loss=training.z_loss, attention=training.attention)
+            around = [Every(config.evaluate.every, partial(log_accuracy, config, session))]
+            if session.train(loss, around, length=training.sequence_length):
+                finish(config, session)
+            return session.run.folder
 
 
-def samples_of(config: RecipeConfig, task: TaskConfig, batch_size: int, held_out: bool = False) -> TaskBatches:
+def samples_of(config: RecipeConfig, task: TaskConfig, batch_size: int, **options: Any) -> TaskBatches:
+    """Rows of a task, of this run's length and seed. options: `held_out`, `rank` and `world` of TaskBatches."""
     length = config.training.sequence_length
-    return TaskBatches(task, sequence_length=length, batch_size=batch_size, seed=config.seed, held_out=held_out)
+    return TaskBatches(task, sequence_length=length, batch_size=batch_size, seed=config.seed, **options)
 
 
-def log_accuracy(config: RecipeConfig, run: Run, model: Transformer, step: int) -> None:
-    rows, samples = config.training.rows, config.evaluate.samples
+def log_accuracy(config: RecipeConfig, session: Session, step: int) -> None:
     for name, part in config.task.parts().items():
-        held_out = samples_of(config, part, rows, held_out=True)
-        batches = (held_out.samples(first, min(first + rows, samples)) for first in range(0, samples, rows))
-        result = evaluate_accuracy(model, batches, attention=config.training.attention)
-        run.log(step, result.metrics(), kind=evaluation_kind(config, name))
+        held_out = samples_of(config, part, session.rows, held_out=True)
+        batches = shared_out(held_out, config.evaluate.samples, session.rows, session.mesh)
+        result = evaluate_accuracy(session.model, batches, attention=config.training.attention, mesh=session.mesh)
+        session.run.log(step, result.metrics(), kind=evaluation_kind(config, name))
 
 
 def evaluation_kind(config: RecipeConfig, part: str) -> str:
     return "evaluate" if len(config.task.parts()) == 1 else f"evaluate/{part}"
 
 
-def finish(config: RecipeConfig, run: Run, model: Transformer, console: Console) -> None:
+def finish(config: RecipeConfig, session: Session) -> None:
     """Keep the final weights by themselves, and say what came out."""
-    folder = save_model(model, run.folder / FINAL)
+    run = session.run
+    folder = save_whole(session.model, run.folder / FINAL, session.mesh)
+    if not session.mesh.leads:
+        return
     plot = plot_training(run.folder, run.folder / "training.png")
     for part in config.task.parts():
         accuracy = load_metrics(run.folder, kind=evaluation_kind(config, part))["accuracy"][-1]
         run.summary(**{f"{part}_accuracy": accuracy})
-        console.print(f"held-out accuracy, {part.replace('_', ' ')}: {accuracy:.2%}", highlight=False)
-    console.print(f"weights {folder}\nplot    {plot}", highlight=False, soft_wrap=True)
+        session.console.print(f"held-out accuracy, {part.replace('_', ' ')}: {accuracy:.2%}", highlight=False)
+    session.console.print(f"weights {folder}\nplot    {plot}", highlight=False, soft_wrap=True)

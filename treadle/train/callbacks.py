@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from treadle.nn.flops import training_flops
+from treadle.parallel.data import release
 from treadle.tracking.run import Run
 from treadle.train.checkpoint import Checkpointer
 from treadle.train.hardware import device_name, peak_flops
@@ -33,7 +34,8 @@ class Metrics(Callback):
 
     def start(self, loop: Loop) -> None:
         self.flops_per_step = training_flops(loop.state.model, self.length) * self.positions
-        self.peak = peak_flops(loop.device)
+        peak = peak_flops(loop.device)
+        self.peak = None if peak is None else peak * loop.mesh.world.size
         if self.peak is None:
             logger.info("MFU is not reported: the peak of '%s' is not known", device_name(loop.device))
         else:
@@ -71,8 +73,9 @@ class Metrics(Callback):
         if self.peak is not None:
             metrics["mfu"] = n * self.flops_per_step / seconds / self.peak
         if loop.device.type == "cuda":
-            metrics["memory_gib"] = torch.cuda.max_memory_allocated(loop.device) / 2**30
-            metrics["memory_reserved_gib"] = torch.cuda.max_memory_reserved(loop.device) / 2**30
+            held = (torch.cuda.max_memory_allocated(loop.device), torch.cuda.max_memory_reserved(loop.device))
+            allocated, reserved = loop.mesh.maximum(held)
+            metrics |= {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
         self.run.log(loop.state.step, metrics)
         self.latest = metrics
         self.window.clear()
@@ -147,3 +150,4 @@ class Every(Callback):
         last = record.step == loop.config.steps
         if last or (self.every is not None and record.step % self.every == 0):
             self.function(record.step)
+            release(loop.state.model)

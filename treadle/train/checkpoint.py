@@ -14,11 +14,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from treadle.errors import CheckpointError
+from treadle.parallel.mesh import Mesh
 from treadle.train.config import CheckpointConfig
 from treadle.train.state import TrainState
 
@@ -31,10 +31,14 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpointer:
-    """Saves and finds the checkpoints of one run, in one folder."""
+    """Saves and finds the checkpoints of one run, in one folder. All processes of the mesh call it alike.
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
-        self.folder, self.config = folder, config
+    Each writes its own part of the tensors; the leader does the rest, once all have finished. A checkpoint says nothing
+    of how the run was cut, so it is loaded into any other layout.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, mesh: Mesh | None = None):
+        self.folder, self.config, self.mesh = folder, config, mesh or Mesh()
         # PyTorch says so at each save and load; one process is what is meant.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         self._pending: tuple[Future[Any], int, dict[str, Any]] | None = None
@@ -47,7 +51,7 @@ class Checkpointer:
         raises CheckpointError. Either way nothing that was complete is lost.
         """
         self.finish()  # one at a time: each holds a copy of the state in host memory
-        if self.path(state.step).exists():
+        if self.mesh.any(self.path(state.step).exists()):
             return
         facts = {"format": FORMAT, **state.facts(), **facts}
         future = self._write(state)
@@ -57,7 +61,7 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Complete a background save that has ended; call it once a step."""
-        if self._pending and self._pending[0].done():
+        if self._pending and self.mesh.all(self._pending[0].done()):
             self.finish()
 
     def finish(self, *, strict: bool = False) -> None:
@@ -65,20 +69,32 @@ class Checkpointer:
         if self._pending is None:
             return
         (future, step, facts), self._pending = self._pending, None
-        temporary = self._temporary(step)
-        try:
-            future.result()
-            _write_facts(temporary / FACTS_FILE, facts)
-            os.replace(temporary, self.path(step))
-            _sync(self.folder)  # the new name must last before older checkpoints go
-        except (OSError, RuntimeError, CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            message = f"{self.path(step)}: could not be saved: {_root_cause(error)}. Earlier checkpoints are untouched."
+        error = _failure(future)
+        if self.mesh.any(error is not None):
+            error = error or RuntimeError("another process could not write its part")
+        else:
+            error = self.mesh.leaders(lambda: self._publish(step, facts))
+        if error is not None:
+            if self.mesh.leads:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+            cause = _root_cause(error)
+            message = f"{self.path(step)}: could not be saved: {cause}. Earlier checkpoints are untouched."
             if strict:
                 raise CheckpointError(message) from error
             logger.error(message)
-            return
-        self._drop_old()
+        elif self.mesh.leads:
+            self._drop_old()
+
+    def _publish(self, step: int, facts: dict[str, Any]) -> Exception | None:
+        """Give a complete checkpoint its name; what went wrong, if anything."""
+        temporary = self._temporary(step)
+        try:
+            _write_facts(temporary / FACTS_FILE, facts)
+            os.replace(temporary, self.path(step))
+            _sync(self.folder)  # the new name must last before older checkpoints go
+        except OSError as error:
+            return OSError(str(error))
+        return None
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
@@ -112,7 +128,7 @@ class Checkpointer:
     def load_tensors(self, tensors: dict[str, Any], step: int) -> None:
         """Fill some of a checkpoint's tensors, in place. Raises CheckpointError naming what does not fit."""
         try:
-            dcp.load(tensors, checkpoint_id=str(self.path(step)), no_dist=not dist.is_initialized())
+            dcp.load(tensors, checkpoint_id=str(self.path(step)), no_dist=not self.mesh.distributed)
         except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
             raise CheckpointError(f"{self.path(step)}: cannot be loaded: {_root_cause(error)}") from error
 
@@ -121,11 +137,18 @@ class Checkpointer:
 
     def _write(self, state: TrainState) -> "Future[Any]":
         temporary = self._temporary(state.step)
-        shutil.rmtree(temporary, ignore_errors=True)
-        options: dict[str, Any] = {"checkpoint_id": str(temporary), "no_dist": not dist.is_initialized()}
+        # A group of its own: what a save exchanges in the background must not mix with the steps that go on.
+        options: dict[str, Any] = {
+            "checkpoint_id": str(temporary),
+            "no_dist": not self.mesh.distributed,
+            "process_group": self.mesh.background,
+        }
         done: Future[Any] = Future()
+        refused = self.mesh.leaders(lambda: self._begin(temporary))
+        if refused is not None:
+            done.set_exception(refused)
+            return done
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if self.config.asynchronous:
                 # Returns once the state is copied; the writing goes on in a thread.
                 response = dcp.async_save(state.tensors(), **options)
@@ -135,6 +158,15 @@ class Checkpointer:
         except (OSError, RuntimeError, CheckpointException) as error:
             done.set_exception(error)
         return done
+
+    def _begin(self, temporary: Path) -> Exception | None:
+        """Make room for a checkpoint; what went wrong, if anything."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return OSError(str(error))  # plain, to be told to the other processes
+        return None
 
     def _drop_old(self) -> None:
         steps = self.steps()
@@ -159,6 +191,14 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _failure(future: "Future[Any]") -> Exception | None:
+    try:
+        future.result()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        return error  # type: ignore[return-value]
+    return None
 
 
 def _root_cause(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from treadle.data.packing import Batch
 from treadle.nn.transformer import Transformer
+from treadle.parallel.data import synchronise_gradients
+from treadle.parallel.mesh import Mesh
 from treadle.train.losses import LossFunction
 from treadle.train.routing import Load, load_metrics, observed
 from treadle.train.timing import Stopwatch
@@ -34,22 +36,26 @@ def forward_backward(
     *,
     loss_scale: float | Tensor = 1.0,
     watch: Stopwatch | None = None,
+    mesh: Mesh | None = None,
 ) -> StepResult:
     """Add the gradient of sum(loss) / valid tokens, over all micro-batches of a step, to the parameters' `.grad`.
+
+    batches: this process's part of the step. Sums and means are over all processes of the mesh, and so is the gradient.
 
     Mixtures of experts add the gradient of their own losses, which `loss` does not count (`treadle.train.routing`).
     loss_scale multiplies the gradient only (fp16). Raises ValueError when no token at all counts.
     """
-    watch = watch or Stopwatch("cpu")
-    tokens = sum(batch.valid_tokens for batch in batches)
+    watch, mesh = watch or Stopwatch("cpu"), mesh or Mesh()
+    here = (sum(batch.valid_tokens for batch in batches), sum(batch.tokens_BS.numel() for batch in batches))
+    tokens, positions = mesh.sum_counts(*here)
     if tokens == 0:
         raise ValueError("no token of this batch counts towards the loss")
-    device = next(model.parameters()).device
+    device = model.device
     total = torch.zeros((), device=device)
     sums: dict[str, Tensor] = {}
-    positions = sum(batch.tokens_BS.numel() for batch in batches)
-    with observed(model, positions, loss_scale) as loads:
-        for batch in batches:
+    with observed(model, positions, loss_scale, mesh) as loads:
+        for number, batch in enumerate(batches, start=1):
+            synchronise_gradients(model, number == len(batches))
             batch = batch.to(device, non_blocking=True)
             with watch("forward"):
                 loss = loss_function(model, batch)
@@ -58,5 +64,6 @@ def forward_backward(
             total = total + loss.total.detach() - sum(loss.penalties.values())
             for name, value in (loss.metrics | loss.penalties).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
-    metrics = {name: value / tokens for name, value in sums.items()}
+    total, *values = mesh.sum(torch.stack([total, *sums.values()])).unbind()
+    metrics = {name: value / tokens for name, value in zip(sums, values, strict=True)}
     return StepResult(total / tokens, metrics | load_metrics(loads), tokens, loads)

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +13,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 from treadle.data.packing import Batch
 from treadle.errors import TrainingError
+from treadle.parallel.gradients import clip_gradients, gradient_norm
+from treadle.parallel.mesh import Mesh
+from treadle.parallel.watchdog import Watchdog
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
 from treadle.train.losses import LossFunction
@@ -72,12 +74,17 @@ class Loop:
         loss_function: LossFunction,
         callbacks: Sequence[Callback] = (),
         *,
+        mesh: Mesh | None = None,
         rescue: Path | None = None,
+        timeout: float = math.inf,
     ):
-        """rescue: folder where the batch of a non-finite step is saved."""
+        """rescue: folder where the batch of a non-finite step is saved, and what hangs (see `Watchdog`).
+        timeout: seconds that a step or a callback may take.
+        """
         self.state, self.config, self.schedule = state, config, schedule
         self.loss_function, self.callbacks, self.rescue = loss_function, list(callbacks), rescue
-        self.device = next(state.model.parameters()).device
+        self.mesh, self.device = mesh or Mesh(), state.model.device
+        self.watchdog = Watchdog(self.mesh, timeout, rescue) if rescue is not None else None
         self.watch = Stopwatch(self.device)
         self.interrupted = False
         self.overflows = 0  # fp16: steps skipped in a row
@@ -87,35 +94,53 @@ class Loop:
         source = iter(batches)
         for callback in self.callbacks:
             callback.start(self)
-        with self._signals():
-            while self.state.step < self.config.steps and not self.interrupted:
+        with self._signals(), self._watched() as alive:
+            while self.state.step < self.config.steps and not self._asked_to_stop():
                 began = time.perf_counter()
                 with self.watch("data", host=True):
                     step_batches = next(source)
                 record = self._step(step_batches)
                 record = replace(record, seconds=time.perf_counter() - began)
                 for callback in self.callbacks:
+                    alive()
                     callback.step(self, record)
+                alive()
             for callback in self.callbacks:
+                alive()
                 callback.stop(self)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was: all stop after the same step, or some would wait for the others for ever."""
+        if self.mesh.any(self.interrupted):
+            self.interrupted = True
+        return self.interrupted
+
+    @contextmanager
+    def _watched(self) -> Iterator[Callable[[], None]]:
+        if self.watchdog is None:
+            yield lambda: None
+            return
+        with self.watchdog.watching():
+            yield self.watchdog.alive
 
     def _step(self, batches: list[Batch]) -> StepRecord:
         state = self.state
         lr = state.optimizers.set_lr(self.schedule.factor(state.step, self.config.steps))
         state.model.train()
         scale = state.scaler.scale(torch.ones((), device=self.device)) if state.scaler.is_enabled() else 1.0
-        result = forward_backward(state.model, batches, self.loss_function, loss_scale=scale, watch=self.watch)
+        options: dict[str, Any] = {"loss_scale": scale, "watch": self.watch, "mesh": self.mesh}
+        result = forward_backward(state.model, batches, self.loss_function, **options)
         with self.watch("optimizer"):
             for optimizer in state.optimizers.optimizers:
                 state.scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+            norm = gradient_norm(state.model.parameters(), self.mesh)
             loss, grad_norm = torch.stack((result.loss, norm)).tolist()
             self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
             if not math.isfinite(loss) or self.overflows > (MAX_OVERFLOWS if state.scaler.is_enabled() else 0):
                 self._fail(loss, grad_norm, batches)
             if math.isfinite(grad_norm):  # else fp16 overflowed: no optimizer steps, and the scaler goes down
                 if self.config.clip_norm is not None:
-                    nn.utils.clip_grads_with_norm_(state.model.parameters(), self.config.clip_norm, norm)
+                    clip_gradients(state.model.parameters(), self.config.clip_norm, norm)
                 for optimizer in state.optimizers.optimizers:
                     state.scaler.step(optimizer)
                 balance(state.model, result.loads)
@@ -134,7 +159,8 @@ class Loop:
             callback.fail(self)
         message = f"step {self.state.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not changed."
         if self.rescue is not None:
-            path = self.rescue / f"nonfinite-step-{self.state.step + 1}.pt"
+            each = f"-rank-{self.mesh.rank}" if self.mesh.distributed else ""
+            path = self.rescue / f"nonfinite-step-{self.state.step + 1}{each}.pt"
             batch = [{"tokens": b.tokens_BS, "targets": b.targets_BS, "samples": b.samples_B} for b in batches]
             torch.save(batch, path)
             message += f" The batch is in {path}."

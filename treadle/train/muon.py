@@ -5,10 +5,14 @@ R rows, C columns of a weight matrix; an expert weight is a stack of matrices, o
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from treadle.parallel.matrices import on_whole_matrices
+from treadle.parallel.shards import piece
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose steep slope at 0 lifts small singular values fast
 
@@ -18,6 +22,8 @@ class Muon(torch.optim.Optimizer):
 
     A group's `parts` are the row counts of projections that are stacked in one parameter: each is orthogonalised by
     itself, as if it were a parameter of its own. torch.optim.Muon knows no parts; without them both agree.
+
+    Momentum is spread as the parameter is; `treadle.parallel.matrices` brings together what has to be whole.
     """
 
     def __init__(
@@ -41,23 +47,42 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group)
+        stepped = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        updates = [self._momentum(parameter, group) for parameter, group in stepped]
 
-    def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        def orthogonal(number: int, whole_RC: Tensor) -> Tensor:
+            group = stepped[number][1]
+            pieces = whole_RC.split(_parts(group, whole_RC), -2)
+            return torch.cat([orthogonalise(piece_RC, group["iterations"]) for piece_RC in pieces], -2)
+
+        directions = on_whole_matrices([parameter for parameter, _ in stepped], updates, orthogonal)
+        for (parameter, group), direction in zip(stepped, directions, strict=True):
+            self._move(parameter, direction, group)
+
+    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """What is to be orthogonalised, of the rows that are here, in the dtype that it is orthogonalised in."""
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum_RC = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update_RC = grad.lerp(momentum_RC, group["momentum"]) if group["nesterov"] else momentum_RC
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parts = list(group["parts"]) or [parameter.shape[-2]]
-        for target, piece in zip(parameter.split(parts, -2), update_RC.split(parts, -2), strict=True):
+        grad_RC = piece(parameter.grad).values
+        momentum_RC = piece(state["momentum"]).values.lerp_(grad_RC, 1 - group["momentum"])
+        return (grad_RC.lerp(momentum_RC, group["momentum"]) if group["nesterov"] else momentum_RC).bfloat16()
+
+    def _move(self, parameter: Tensor, direction_RC: Tensor, group: dict[str, Any]) -> None:
+        here, start = piece(parameter), 0
+        here.values.mul_(1 - group["lr"] * group["weight_decay"])
+        direction = replace(here, values=direction_RC)
+        for rows in _parts(group, parameter):
             # 0.2 sqrt(max(R, C)) gives the update the root mean square of a typical AdamW step.
-            scale = 0.2 * math.sqrt(max(piece.shape[-2:]))
-            target.add_(orthogonalise(piece, group["iterations"]).to(target.dtype), alpha=-group["lr"] * scale)
+            scale = 0.2 * math.sqrt(max(rows, parameter.shape[-1]))
+            target, moved = (p.within(start, start + rows, parameter.ndim - 2).values for p in (here, direction))
+            target.add_(moved.to(target.dtype), alpha=-group["lr"] * scale)
+            start += rows
+
+
+def _parts(group: dict[str, Any], whole_RC: Tensor) -> list[int]:
+    return list(group["parts"]) or [whole_RC.shape[-2]]
 
 
 def orthogonalise(x_RC: Tensor, iterations: int = 5) -> Tensor:

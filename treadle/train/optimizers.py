@@ -1,7 +1,7 @@
 """Optimizers, and which of them steps which parameter."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -10,6 +10,7 @@ from torch import nn
 from treadle.config import Kind
 from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.roles import is_matrix, parameter_roles
+from treadle.parallel.shards import mesh_of
 from treadle.train.muon import Muon
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -92,13 +93,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def _decay_groups(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
 ) -> Iterator[dict[str, object]]:
-    """Matrices and filters with decay, norms, biases and other vectors without; empty groups left out."""
+    """Matrices and filters with decay, norms, biases and other vectors without, on each mesh of processes."""
     roles = parameter_roles(model)
-    weights = {n for n, p in parameters.items() if p.ndim >= 2 and roles[n] != "norm" and not n.endswith("bias")}
-    for decays in (True, False):
-        chosen = [p for name, p in parameters.items() if (name in weights) == decays]
-        if chosen:
-            yield {"params": chosen, "weight_decay": weight_decay if decays else 0.0}
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        decays = p.ndim >= 2 and roles[name] != "norm" and not name.endswith("bias")
+        groups.setdefault((not decays, mesh_of(p)), []).append(p)
+    for (plain, _), chosen in sorted(groups.items(), key=lambda item: item[0][0]):
+        yield {"params": chosen, "weight_decay": 0.0 if plain else weight_decay}
 
 
 class Optimizers:

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from treadle.nn.moe import MoE, Observation
+from treadle.nn.transformer import Transformer
+from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import cut_like, piece
 
 
 @dataclass(frozen=True)
@@ -52,26 +55,33 @@ def mixtures(model: nn.Module) -> dict[str, MoE]:
 
 
 @contextmanager
-def observed(model: nn.Module, positions: int, loss_scale: float | Tensor = 1.0) -> Iterator[dict[str, Load]]:
+def observed(
+    model: Transformer, positions: int, loss_scale: float | Tensor = 1.0, mesh: Mesh | None = None
+) -> Iterator[dict[str, Load]]:
     """While open, each backward through the model adds the mixtures' losses and records their load.
 
     positions: tokens that will pass through the model, over all micro-batches (and ranks) of the step.
-    The dictionary is empty until the end, then it holds each mixture's load of this process's backwards, by name.
+    The dictionary is empty until the end, then it holds each mixture's load, summed over the mesh, by name.
     """
-    found, loads = mixtures(model), dict[str, Load]()
+    found, loads, mesh = mixtures(model), dict[str, Load](), mesh or Mesh()
     for module in found.values():
-        device = module.down.weight.device
+        device = model.device
         scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device) / positions
         record_R = torch.zeros(module.experts + 3, device=device, requires_grad=True)
         module.observation = Observation(scale, record_R)
     try:
         yield loads
+        records: dict[str, Tensor] = {}
         for name, module in found.items():
             assert module.observation is not None
             record = module.observation.record_R.grad
             if record is not None:  # else no backward reached it
-                balance, z, dropped = record[-3:].unbind()
-                loads[name] = Load(record[:-3], balance / positions, z / positions, dropped)
+                records[name] = record
+        if records:
+            summed = mesh.sum(torch.cat(list(records.values()))).split([len(r) for r in records.values()])
+            for name, record_R in zip(records, summed, strict=True):
+                balance, z, dropped = record_R[-3:].unbind()
+                loads[name] = Load(record_R[:-3], balance / positions, z / positions, dropped)
     finally:
         for module in found.values():
             module.observation = None
@@ -96,10 +106,11 @@ def load_metrics(loads: dict[str, Load]) -> dict[str, Tensor]:
 def balance(model: nn.Module, loads: dict[str, Load]) -> None:
     """Once per optimizer step: raise the bias of experts with less than the mean load, lower the others' (2408.15664).
 
-    loads: of the whole step; where several ranks hold the model, add up their counts first.
+    loads: of the whole step, on all processes.
     """
     for name, module in mixtures(model).items():
         bias, rate = module.router.balance_bias, module.bias_rate
         if bias is not None and rate is not None and name in loads:
             counts_E = loads[name].counts_E
-            bias.add_(torch.sign(counts_E.mean() - counts_E), alpha=rate)
+            move_E = torch.sign(counts_E.mean() - counts_E).to(bias.device)
+            piece(bias).values.add_(cut_like(move_E, bias), alpha=rate)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import Field, NonNegativeInt, model_validator
 from rich.console import Console
 
@@ -14,6 +13,9 @@ from treadle.config import Config, key_error, to_dict, to_yaml
 from treadle.data.batches import Batches
 from treadle.nn.flops import parameter_count
 from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.parallel.config import ParallelConfig, check_layout
+from treadle.parallel.mesh import Mesh, World, find_device, open_mesh
+from treadle.tracking.follower import Follower
 from treadle.tracking.run import Run
 from treadle.tracking.sinks import Sink, TrackingConfig
 from treadle.train import callbacks
@@ -42,6 +44,7 @@ class SessionConfig(Config):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     model: TransformerConfig
     training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -69,15 +72,22 @@ class Session:
     batches: Batches
     checkpointer: Checkpointer
     console: Console
+    mesh: Mesh
 
     @property
     def model(self) -> Transformer:
         return self.state.model
 
+    @property
+    def rows(self) -> int:
+        """Rows that go through this process's model at a time."""
+        return min(self.config.training.rows, self.batches.batch_size // self.batches.world)
+
     def announce(self, data: str) -> None:
         """Say what begins; `data` is what it is trained on."""
-        device = next(self.model.parameters()).device.type
-        told = f"run {self.run.id}: {parameter_count(self.model):,} parameters on {device}, {data}"
+        size, device = self.mesh.world.size, self.mesh.device.type
+        where = device if size == 1 else f"{size} x {device}"
+        told = f"run {self.run.id}: {parameter_count(self.model):,} parameters on {where}, {data}"
         self.console.print(told, highlight=False, soft_wrap=True)
 
     def train(self, loss: LossFunction, around: Sequence[callbacks.Callback], *, length: float) -> bool:
@@ -94,7 +104,13 @@ class Session:
             self.checkpointer, lambda step: {"model": spec, "data": self.batches.state(step)}
         )
         everything = [metrics, progress, save, *around]
-        loop = Loop(self.state, training, self.config.schedule, loss, everything, rescue=self.run.folder)
+        timeout = self.config.parallel.timeout
+        loop = Loop(
+            *(self.state, training, self.config.schedule, loss, everything),
+            mesh=self.mesh,
+            rescue=self.run.folder,
+            timeout=timeout,
+        )
         batches = self.batches.iterate_micro(training.rows, self.state.step, training.steps)
         try:
             loop.run(batches)
@@ -111,13 +127,22 @@ class Session:
 
 
 @contextmanager
+def open_processes(config: SessionConfig) -> Iterator[Mesh]:
+    """The processes that share the run, each on its device. Raises ConfigError before any of them is waited for."""
+    world = World.here()
+    layout = check_layout(config.parallel, world.size, config.model, config.training.batch_size)
+    with open_mesh(layout, find_device(config.device, world), timeout=config.parallel.timeout) as mesh:
+        yield mesh
+
+
+@contextmanager
 def open_session(
     config: SessionConfig,
     spec: TransformerConfig,
     batches: Batches,
     sinks: Sequence[Sink],
     *,
-    device: torch.device,
+    mesh: Mesh,
     resume: Path | None,
     console: Console,
 ) -> Iterator[Session]:
@@ -126,20 +151,25 @@ def open_session(
     spec: `config.model` with its vocabulary. resume: the folder of a run to go on with, from its latest checkpoint.
     Raises CheckpointError or DataError for a run that cannot go on like this, before anything in it is changed.
     """
-    saved, yaml = to_dict(config), to_yaml(config)
-    if resume is None:
-        run, step = Run.create(config.root, config.name, saved, yaml, sinks, folder=config.folder), None
-    else:
+    saved, yaml, opened = to_dict(config), to_yaml(config), list[Run]()
+
+    def begin() -> tuple[Path, int | None]:
+        if resume is None:
+            opened.append(Run.create(config.root, config.name, saved, yaml, sinks, folder=config.folder))
+            return opened[0].folder, None
         checkpoints = Checkpointer(resume / CHECKPOINTS, config.checkpoint)
         step = check_resume(checkpoints, batches, spec, config.training.steps)
-        run = Run.resume(resume, sinks, saved)
-    with run:
-        model = build_model(spec, config.training, seed=config.seed, device=device)
+        opened.append(Run.resume(resume, sinks, saved))
+        return resume, step
+
+    folder, step = mesh.leaders(begin)
+    with opened[0] if opened else Follower(folder) as run:
+        model = build_model(spec, config.training, seed=config.seed, mesh=mesh, parallel=config.parallel)
         state = build_state(model, config.optimizer, config.training)
-        checkpointer = Checkpointer(run.folder / CHECKPOINTS, config.checkpoint)
+        checkpointer = Checkpointer(run.folder / CHECKPOINTS, config.checkpoint, mesh)
         if step is not None:
             checkpointer.load(state, step)
         elif resume is not None:
             logger.warning("no complete checkpoint in %s: starting from step 0", checkpointer.folder)
         run.accept_config(yaml)  # only now: a refused resume leaves the run's own configuration
-        yield Session(config, run, state, batches, checkpointer, console)
+        yield Session(config, run, state, batches, checkpointer, console, mesh)

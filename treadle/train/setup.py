@@ -7,26 +7,15 @@ from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.parallel.activation_checkpointing import apply_activation_checkpointing
 from treadle.parallel.compile import compile_layers
+from treadle.parallel.config import ParallelConfig
+from treadle.parallel.data import shard_data
+from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import piece
 from treadle.train.config import Precision, TrainingConfig
 from treadle.train.optimizers import OptimizerConfig
 from treadle.train.state import TrainState
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def find_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises ConfigError for cuda without a GPU, and for no device at all."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device: '{name}', but PyTorch sees no GPU here; use device=cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: '{name}'; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams, events and generators mean the current device
-    return device
 
 
 def with_vocabulary(model: TransformerConfig, size: int) -> TransformerConfig:
@@ -41,19 +30,33 @@ def with_vocabulary(model: TransformerConfig, size: int) -> TransformerConfig:
     return model
 
 
-def build_model(config: TransformerConfig, training: TrainingConfig, *, seed: int, device: torch.device) -> Transformer:
-    """Master weights in fp32 on `device`, initialised; layers recompute and compile as `training` says."""
-    model = build_meta(config).to_empty(device=device).initialise(seed)
-    model.dtype = DTYPES[training.precision]
+def build_model(
+    config: TransformerConfig,
+    training: TrainingConfig,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
+    parallel: ParallelConfig | None = None,
+) -> Transformer:
+    """This process's part of the model, its master weights in fp32 and initialised.
+
+    The one way from a configuration to a model that trains: built without memory, cut, wrapped, sharded, and only then
+    given memory and values, so that no process ever holds more than its part.
+    """
+    mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+    model = build_meta(config)
+    model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
         apply_activation_checkpointing(layers, training.activation_checkpointing)
         if training.compile:
             compile_layers(layers)
-    return model
+    shard_data(model, mesh, parallel)
+    model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device)
+    return model.initialise(seed, piece=piece)
 
 
 def build_state(model: Transformer, optimizer: OptimizerConfig, training: TrainingConfig) -> TrainState:
     """The model with its optimizers, before the first step."""
-    device = next(model.parameters()).device
+    device = model.device
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "fp16")
     return TrainState(model, optimizer.build(model), scaler)

@@ -31,7 +31,7 @@ def spec(**changes: Any) -> TransformerConfig:
 
 
 def make_model(training: TrainingConfig | None = None, seed: int = 0, **changes: Any) -> Transformer:
-    return build_model(spec(**changes), training or training_config(), seed=seed, device=torch.device("cpu"))
+    return build_model(spec(**changes), training or training_config(), seed=seed)
 
 
 def training_config(**changes: Any) -> TrainingConfig:

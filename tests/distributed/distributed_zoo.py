@@ -1,0 +1,130 @@
+"""Tiny models and batches that every rank builds alike, and what a step makes of them."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from harness import meshed
+from torch import Tensor
+
+from treadle.config import resolve
+from treadle.data.dataset import Part, TokenDataset
+from treadle.data.loader import Loader
+from treadle.nn.transformer import TransformerConfig
+from treadle.parallel.config import ParallelConfig
+from treadle.parallel.gradients import gradient_norm
+from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import gather
+from treadle.train.config import TrainingConfig
+from treadle.train.forward_backward import forward_backward
+from treadle.train.losses import cross_entropy
+from treadle.train.setup import build_model
+
+VOCABULARY, EOS, LENGTH, ROWS = 64, 0, 16, 8
+ATTENTION = {"kind": "attention", "heads": 4, "kv_heads": 2}
+GATED = {"kind": "gated", "dim": 48}
+MOE = {"kind": "moe", "experts": 6, "top_k": 2, "dim": 16, "balance_bias": 0.01, "z_loss": 0.001}
+LATENT = {"kind": "latent_attention", "heads": 2, "kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "value_dim": 16}
+DELTA = {"kind": "gated_delta", "heads": 2, "head_dim": 16}
+
+
+def layer(mixer: Any = None, feedforward: Any = None, repeat: int = 2) -> dict[str, Any]:
+    return {
+        "kind": "pre_norm",
+        "repeat": repeat,
+        "mixer": mixer or ATTENTION,
+        "feedforward": feedforward or GATED,
+    }
+
+
+def spec(layers: list[dict[str, Any]] | None = None, **changes: Any) -> TransformerConfig:
+    plain = {"dim": 32, "vocab_size": VOCABULARY, "max_length": 64, "layers": layers or [layer()]}
+    return resolve(TransformerConfig, {**plain, **changes})
+
+
+MODELS: dict[str, TransformerConfig] = {
+    "plain": spec(),
+    "tied": spec(tied=True),
+    "moe": spec([layer(feedforward=MOE)]),
+    "delta": spec([layer(DELTA), layer(repeat=1)]),
+    "latent": spec([layer(LATENT, repeat=1), layer(repeat=1)]),
+    "further": spec(multi_token={"kind": "sequential", "depth": 2, "weight": 0.3}),
+    "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
+}
+
+
+def training(**changes: Any) -> TrainingConfig:
+    plain = {"steps": 4, "sequence_length": LENGTH, "batch_size": ROWS, "precision": "fp32", "compile": False}
+    return TrainingConfig(**{**plain, **changes})
+
+
+class Unended(TokenDataset):
+    """Its documents end with EOS or without: those without leave an ignored target where they meet the next."""
+
+    def ended(self, last: np.ndarray) -> np.ndarray:
+        return last == EOS
+
+
+def loader(mesh: Mesh, batch_size: int = ROWS, seed: int = 2) -> Loader:
+    """Documents much shorter than a row, so that ranks have different numbers of targets."""
+    generator = np.random.default_rng(seed)
+    texts = [
+        np.concatenate([generator.integers(1, VOCABULARY - 4, length), [EOS]])
+        for length in generator.integers(1, 20, 200)
+    ]
+    texts = [text[:-1] if number % 5 < 3 else text for number, text in enumerate(texts)]
+    offsets = np.cumsum([0, *(len(text) for text in texts)])
+    part = Part("memory", np.concatenate(texts).astype(np.uint16), offsets)
+    data = Unended("memory", [part], fingerprint="memory", vocab_size=VOCABULARY)
+    return Loader(
+        [data], sequence_length=LENGTH, batch_size=batch_size, seed=seed, rank=mesh.data_rank, world=mesh.data_size
+    )
+
+
+def step_of(
+    model: str, mesh: Mesh, rows: int, parallel: ParallelConfig | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Loss, metrics, gradients and their norm of one step, whole and on the CPU."""
+    config = training(**changes)
+    built = build_model(MODELS[model], config, seed=0, mesh=mesh, parallel=parallel)
+    batches = loader(mesh).micro_batches(0, rows)
+    result = forward_backward(built, batches, partial(cross_entropy, z_loss=1e-3), mesh=mesh)
+    norm = gradient_norm(built.parameters(), mesh)
+    gradients = {n: whole(p.grad) for n, p in built.named_parameters() if p.grad is not None}
+    return {
+        "loss": result.loss.item(),
+        "tokens": result.tokens,
+        "here": sum(batch.valid_tokens for batch in batches),
+        "norm": norm.item(),
+        "metrics": {name: value.item() for name, value in result.metrics.items()},
+        "loads": {name: load.counts_E for name, load in result.loads.items()},
+        "gradients": gradients,
+        "initial": {n: whole(p) for n, p in built.named_parameters()},
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return gather(tensor.detach()).clone()
+
+
+def step_on_ranks(model: str, rows: int, options: dict[str, Any], sizes: dict[str, int], **changes: Any) -> Any:
+    with meshed(**sizes) as mesh:
+        return step_of(model, mesh, rows, ParallelConfig(**options), **changes)
+
+
+def assert_same_step(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
+    assert found["tokens"] == expected["tokens"]
+    assert found["initial"].keys() == expected["initial"].keys()
+    for name, values in expected["initial"].items():
+        assert torch.equal(found["initial"][name], values), f"{name} starts otherwise"
+    assert abs(found["loss"] - expected["loss"]) < tolerance
+    assert abs(found["norm"] - expected["norm"]) < tolerance * max(1.0, expected["norm"])
+    for name, value in expected["metrics"].items():
+        assert abs(found["metrics"][name] - value) < 10 * tolerance, name
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, grad in expected["gradients"].items():
+        error = (found["gradients"][name] - grad).abs().max().item()
+        assert error < tolerance, f"{name}: {error:.2e}"
+    for name, counts in expected["loads"].items():
+        assert torch.equal(found["loads"][name], counts), name

@@ -1,0 +1,35 @@
+"""The norm of gradients that are spread over processes, and clipping to it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import gather, mesh_of
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
+    """The norm of all gradients, the same on every process.  -> scalar on the compute device"""
+    groups = _by_mesh(parameters)
+    norms = [gather(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+    total = torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]
+    return total.to(mesh.device)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients, in place, to norm `limit` if their `norm` is more."""
+    for group in _by_mesh(parameters):
+        device = next(p.grad.device for p in group if p.grad is not None)
+        clip_grads_with_norm_(group, limit, norm.to(device))
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those with a gradient, by the mesh that they are on: PyTorch's functions refuse a mixture."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(mesh_of(parameter), []).append(parameter)
+    return list(groups.values())
