@@ -109,7 +109,7 @@ def _deal(matrices: list[_Matrix], groups: Groups, function: Function) -> list[T
 
 def _exchange(matrices: list[_Matrix], group: dist.ProcessGroup | None, function: Function) -> list[Tensor]:
     """Rank k of the group computes the k-th matrix; everybody gets back the rows that are its own."""
-    if group is None:
+    if group is None or not matrices:
         return [function(matrix.number, matrix.values) for matrix in matrices]
     size, rank = _size(group), _rank(group)
     sent = [matrix.values.numel() for matrix in matrices] + [0] * (size - len(matrices))
