@@ -18,7 +18,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-
 from torch.distributed.tensor import Shard
 
 from treadle.nn.moe import MoE
@@ -69,7 +68,8 @@ def _shard_experts(moe: MoE, mesh: Mesh, options: dict[str, Any]) -> None:
         # Whole experts, or else rows of each; see `check_layout`.
         return Shard(0 if parameter.to_local().shape[0] % mesh.expert_shards == 0 else 1)  # type: ignore[attr-defined]
 
-    fully_shard(experts_of(moe), shard_placement_fn=placement, **{**options, "mesh": mesh.expert_fsdp})
+    units: list[nn.Module] = [*experts_of(moe)]
+    fully_shard(units, shard_placement_fn=placement, **{**options, "mesh": mesh.expert_fsdp})
 
 
 def sharded_units(model: Transformer) -> list[nn.Module]:

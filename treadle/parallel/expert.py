@@ -51,6 +51,7 @@ def distribute_experts(model: nn.Module, mesh: Mesh) -> list[nn.Module]:
 
 
 def experts_of(moe: MoE) -> list[GroupedLinear]:
+    """The modules whose parameters count experts."""
     return [module for module in moe.children() if isinstance(module, GroupedLinear)]
 
 
@@ -59,8 +60,9 @@ def _share(parameter: Tensor, mesh: Mesh) -> DTensor:
     assert mesh.expert is not None
     assert parameter.is_meta
     here = parameter.detach()[: parameter.shape[0] // mesh.expert.size()]
-    whole = {"shape": parameter.shape, "stride": parameter.stride()}
-    return DTensor.from_local(here, mesh.expert, [Shard(0)], run_check=False, **whole)
+    return DTensor.from_local(
+        here, mesh.expert, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 class _Here:
@@ -71,13 +73,17 @@ class _Here:
 
     def __call__(self, x_NI: Tensor, ends_E: Tensor, *, tail: bool = False) -> Tensor:
         weight, bias = self.grouped.weight, self.grouped.bias
-        local = [p.to_local() if isinstance(p, DTensor) else p for p in (weight, bias)]
-        return self.grouped.multiply(*local, x_NI, ends_E, tail=tail)
+        bias_LO = None if bias is None else _local(bias)
+        return self.grouped.multiply(_local(weight), bias_LO, x_NI, ends_E, tail=tail)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @dataclass
 class Flight:
-    """Rows under way. leaving, arriving: how many to and from each process of the group.
+    """Rows under way, and what is needed to bring their gradients back. leaving, arriving: how many to and from each process of the group.
 
     buffer: the rows as they arrive. work: what to wait for. In the backward their gradients fly the other way.
     """
@@ -90,7 +96,9 @@ class Flight:
 
     def start(self, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         buffer = rows.new_empty(sum(arriving), rows.shape[1])
-        self.work = dist.all_to_all_single(buffer, rows.contiguous(), arriving, leaving, group=self.group, async_op=True)
+        self.work = dist.all_to_all_single(
+            buffer, rows.contiguous(), arriving, leaving, group=self.group, async_op=True
+        )
         return buffer
 
     def land(self) -> None:

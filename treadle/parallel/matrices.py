@@ -42,8 +42,14 @@ def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], fu
         if not isinstance(parameter, DTensor) or groups == (None, None):
             results[number, 0] = function(number, local)
         elif groups is None:  # spread in more than one direction
-            shape = {"shape": parameter.shape, "stride": parameter.stride()}
-            spread = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, **shape)
+            spread: DTensor = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
             results[number, 0] = cut_like(function(number, spread.full_tensor()), parameter)
         elif parameter.ndim == 3 and groups[0] is not None:
             matrices = [_Matrix(number, each, parameter.shape[1:], place) for place, each in enumerate(local)]
