@@ -72,13 +72,10 @@ class _Here:
         self.grouped = grouped
 
     def __call__(self, x_NI: Tensor, ends_E: Tensor, *, tail: bool = False) -> Tensor:
-        weight, bias = self.grouped.weight, self.grouped.bias
-        bias_LO = None if bias is None else _local(bias)
-        return self.grouped.multiply(_local(weight), bias_LO, x_NI, ends_E, tail=tail)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        weight: Any = self.grouped.weight
+        bias: Any = self.grouped.bias
+        bias_LO = None if bias is None else bias.to_local()
+        return self.grouped.multiply(weight.to_local(), bias_LO, x_NI, ends_E, tail=tail)
 
 
 @dataclass
