@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_zoo import MODELS, layer, loader, spec, training, whole
+from distributed_zoo import layer, loader, spec, training, whole
 from harness import meshed, run
 from torch.distributed.fsdp import FSDPModule
 
@@ -37,18 +37,17 @@ def mixture(repeat: int = 1, **changes: Any) -> Any:
     return spec([layer(feedforward={**BASE, **changes}, repeat=repeat), layer(repeat=1)])
 
 
-MODELS.update(
-    {
-        "softmax": mixture(2),
-        "sigmoid": mixture(router=SIGMOID, balance_bias=0.01),
-        "groups": mixture(router=GROUPS, balance_bias=0.01, **SHARED),
-        "capacity": mixture(capacity=0.75, **SHARED),
-        "biased": mixture(bias=True, router={"kind": "softmax", "bias": True}),
-        "six": mixture(experts=6, bias=True, **SHARED),
-        "loop": mixture(compute="loop"),
-        "further": spec([layer(feedforward=BASE, repeat=1)], multi_token={"kind": "sequential", "depth": 1}),
-    }
-)
+MIXTURES = {
+    "none": spec(),
+    "softmax": mixture(2),
+    "sigmoid": mixture(router=SIGMOID, balance_bias=0.01),
+    "groups": mixture(router=GROUPS, balance_bias=0.01, **SHARED),
+    "capacity": mixture(capacity=0.75, **SHARED),
+    "biased": mixture(bias=True, router={"kind": "softmax", "bias": True}),
+    "six": mixture(experts=6, bias=True, **SHARED),
+    "loop": mixture(compute="loop"),
+    "further": spec([layer(feedforward=BASE, repeat=1)], multi_token={"kind": "sequential", "depth": 1}),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, Any]:
         treadle.train.setup.compile_layers = partial(compile_layers, backend=case.backend)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    built = build_model(MODELS[case.model], config, seed=0, mesh=mesh, parallel=ParallelConfig(**case.parallel))
+    built = build_model(MIXTURES[case.model], config, seed=0, mesh=mesh, parallel=ParallelConfig(**case.parallel))
     favour(built, case.favourites)
     found: dict[str, Any] = {"initial": {n: whole(p) for n, p in built.named_parameters()}, "losses": []}
     optimizers = OPTIMIZERS[case.optimizer].build(built)
@@ -198,7 +197,7 @@ def test_two_steps_are_those_of_one_process(world, name):
 def saved(folder: Any, step: int, case: Case, mesh: Mesh) -> dict[str, torch.Tensor]:
     """Load the checkpoint of `step` (0: begin), train one step, save. What was loaded, and what came of it."""
     config = training()
-    built = build_model(MODELS[case.model], config, seed=step, mesh=mesh)
+    built = build_model(MIXTURES[case.model], config, seed=step, mesh=mesh)
     state = build_state(built, OPTIMIZERS[case.optimizer], config)
     checkpointer = Checkpointer(folder, CheckpointConfig(), mesh)
     if step:
@@ -238,7 +237,7 @@ def test_a_checkpoint_goes_on_without_and_with_it_again(tmp_path, case, ranks, s
 def journey(mode: str) -> tuple[list[str], list[tuple[int, ...]], float]:
     """The order of what happens in a mixture's forward and backward, sizes of what lies here, and an evaluation."""
     with meshed(expert=2) as mesh:
-        built = build_model(MODELS["groups"], training(activation_checkpointing=mode), seed=0, mesh=mesh)
+        built = build_model(MIXTURES["groups"], training(activation_checkpointing=mode), seed=0, mesh=mesh)
         moe = next(iter(mixtures(built).values()))
         events: list[str] = []
         start, land = Flight.start, Flight.land
@@ -257,7 +256,7 @@ def journey(mode: str) -> tuple[list[str], list[tuple[int, ...]], float]:
 
 
 def test_the_shared_expert_is_computed_while_rows_travel():
-    alone = build_model(MODELS["groups"], training(), seed=0)
+    alone = build_model(MIXTURES["groups"], training(), seed=0)
     with torch.no_grad():
         expected = cross_entropy(alone, loader(Mesh()).batch(0)).total.item()
     forward = ["start", "shared", "land", "experts", "start", "land"]
@@ -287,7 +286,7 @@ def test_rows_are_put_together_by_expert(arrived):
         (8, "six", {"expert": 4}, r"parallel\.expert: 4 does not divide experts=6; try 1, 2"),
         (4, "softmax", {"expert": 3}, r"parallel\.expert: 3 does not divide shard x context = 4; try 1, 2, 4"),
         (4, "softmax", {"expert": 4, "replicate": 2}, r"4 does not divide shard x context = 2; try 1, 2$"),
-        (2, "plain", {"expert": 2}, r"parallel\.expert: 2, but no layer of the model has experts; set it to 1"),
+        (2, "none", {"expert": 2}, r"parallel\.expert: 2, but no layer of the model has experts; set it to 1"),
         (6, "six", {"expert": 2}, None),
         (18, "six", {"expert": 2}, r"with 2, 9 processes share 3 experts of 32 and 32 rows, not equally; try 1$"),
     ],
@@ -295,15 +294,15 @@ def test_rows_are_put_together_by_expert(arrived):
 def test_sizes_that_fit_or_not(world, model, sizes, message):
     config = ParallelConfig(**sizes)
     if message is None:
-        assert check_layout(config, world, MODELS[model], world).expert == sizes["expert"]
+        assert check_layout(config, world, MIXTURES[model], world).expert == sizes["expert"]
         return
     with pytest.raises(ConfigError, match=message):
-        check_layout(config, world, MODELS[model], world)
+        check_layout(config, world, MIXTURES[model], world)
 
 
 def groups_of_one() -> list[tuple[bool, bool]]:
     with meshed(expert=2) as mesh:
-        built = build_model(MODELS["softmax"], training(), seed=0, mesh=mesh)
+        built = build_model(MIXTURES["softmax"], training(), seed=0, mesh=mesh)
         experts = [moe.gate_up for moe in mixtures(built).values()]
         found = []
         for module in experts:
