@@ -40,6 +40,7 @@ def steps_on_ranks(model: str, sizes: dict[str, int]) -> dict[str, torch.Tensor]
         ("odd", 3, {}),
         ("moe", 4, {"replicate": 2}),
         ("moe", 2, {"replicate": 2}),
+        ("latent", 4, {"replicate": 2}),
         ("plain", 4, {"replicate": 2}),
     ],
 )

@@ -63,6 +63,8 @@ def _loop(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _rows(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor, tail: bool) -> Tensor:
+    if x_NI.shape[0] == 0:  # all experts here idle, of those that live apart
+        return x_NI.new_empty(0, weight_EIO.shape[2])
     y_NO: Tensor = _grouped_mm(x_NI.contiguous(), weight_EIO, offs=ends_E)
     if tail:
         y_NO.masked_fill_((torch.arange(y_NO.shape[0], device=y_NO.device) >= ends_E[-1])[:, None], 0)
@@ -81,6 +83,8 @@ def _input_grad(dy_NO: Tensor, weight_EOI: Tensor, ends_E: Tensor, tail: bool) -
 
 @torch.library.custom_op("treadle::grouped_linear_weight_grad", mutates_args=())
 def _weight_grad(dy_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
+    if x_NI.shape[0] == 0:
+        return dy_NO.new_zeros(ends_E.shape[0], dy_NO.shape[1], x_NI.shape[1])
     dweight_EOI: Tensor = _grouped_mm(dy_NO.contiguous().t(), x_NI.contiguous(), offs=ends_E)
     return dweight_EOI
 

@@ -68,13 +68,19 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_NI: Tensor, ends_E: Tensor, *, tail: bool = False) -> Tensor:
         """See `treadle.kernels.grouped_linear`. Rows of the tail, which no expert takes, come out as zeros."""
-        weight_EOI = self.weight.to(x_NI.dtype)
+        return self.multiply(self.weight, self.bias, x_NI, ends_E, tail=tail)
+
+    def multiply(
+        self, weight_EOI: Tensor, bias_EO: Tensor | None, x_NI: Tensor, ends_E: Tensor, *, tail: bool
+    ) -> Tensor:
+        """The same with given weights: those of the experts that are here, where others live elsewhere."""
+        weight_EOI = weight_EOI.to(x_NI.dtype)
         y_NO = grouped_linear(x_NI, weight_EOI, ends_E, tail=tail, implementation=self.implementation)
-        if self.bias is None:
+        if bias_EO is None:
             return y_NO
         rows_N = torch.arange(x_NI.shape[0], device=x_NI.device)
         expert_N = torch.searchsorted(ends_E, rows_N, right=True)
-        return y_NO + F.pad(self.bias.to(x_NI.dtype), (0, 0, 0, 1))[expert_N]
+        return y_NO + F.pad(bias_EO.to(x_NI.dtype), (0, 0, 0, 1))[expert_N]
 
     def active_elements(self) -> int:
         return self.weight.numel() // self.weight.shape[0] * self.active

@@ -109,25 +109,46 @@ class MoE(nn.Module):
             record_R = torch.cat((counts_E.to(losses_2.dtype), losses_2.detach(), dropped.to(losses_2.dtype)[None]))
             objective = (losses_2 * weights_2).sum()
             y_TD = _Attach.apply(y_TD, objective, self.observation.scale, self.observation.record_R, record_R)
-        if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            y_TD = y_TD + (shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid())
         return y_TD.view_as(x_BSD)
 
     def mix(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-        """The experts' outputs, added by weight; the rows that chose each expert, dropped ones included; dropped."""
+        """The experts' outputs, added by weight, and the shared one's; the rows that chose each expert, dropped ones
+        included; how many were dropped."""
         T, K = routing.experts_TK.shape
         capacity = None
         if self.capacity is not None:
             capacity = math.ceil(self.capacity * T * K / self.experts)
         order_N, inverse_N, counts_E, kept_E = sort_rows(routing.experts_TK, self.experts, capacity)
-        ends_E = kept_E.cumsum(0).to(torch.int32)
-        rows_ND = _Rows.apply(x_TD, order_N, inverse_N)
-        gate_NF, up_NF = self.gate_up(rows_ND, ends_E, tail=capacity is not None).chunk(2, dim=-1)
-        out_ND = self.down(gated(gate_NF, up_NF, self.activation), ends_E, tail=capacity is not None)
+        sent = self.send(_Rows.apply(x_TD, order_N, inverse_N), kept_E)
+        shared_TD = self.shared_output(x_TD)  # here, because rows may be on their way to other processes meanwhile
+        out_ND = self.receive(sent)
         out_KTD = _Rows.apply(out_ND, inverse_N, order_N).view(K, T, -1)
         weights_KT1 = routing.weights_TK.t()[..., None].to(x_TD.dtype)
-        return (out_KTD * weights_KT1).sum(0), counts_E, (counts_E - kept_E).sum()
+        y_TD = (out_KTD * weights_KT1).sum(0)
+        return y_TD if shared_TD is None else y_TD + shared_TD, counts_E, (counts_E - kept_E).sum()
+
+    def send(self, rows_ND: Tensor, kept_E: Tensor) -> Any:
+        """Give each expert its rows, so many of those sorted by expert; `receive` goes on from what this returns.
+
+        All experts are here, and nothing travels. Expert parallelism puts another pair in the place of these two.
+        """
+        return rows_ND, kept_E
+
+    def receive(self, sent: Any) -> Tensor:
+        """What the experts make of the rows that were sent, in the same order; zeros after the last.  -> out_ND"""
+        return self.compute(*sent, tail=self.capacity is not None)
+
+    def compute(self, rows_ND: Tensor, rows_E: Tensor, *, tail: bool) -> Tensor:
+        """The experts' outputs for rows that are sorted by expert, `rows_E` for each; tail: more rows follow."""
+        ends_E = rows_E.cumsum(0).to(torch.int32)
+        gate_NF, up_NF = self.gate_up(rows_ND, ends_E, tail=tail).chunk(2, dim=-1)
+        return self.down(gated(gate_NF, up_NF, self.activation), ends_E, tail=tail)  # type: ignore[no-any-return]
+
+    def shared_output(self, x_TD: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        shared_TD: Tensor = self.shared(x_TD)
+        return shared_TD if self.shared_gate is None else shared_TD * self.shared_gate(x_TD).sigmoid()
 
     def losses(self, routing: Routing, counts_E: Tensor) -> Tensor:
         """Sums over tokens of the balance loss and the z-loss.  -> losses_2

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import treadle.kernels.grouped_linear  # noqa: F401  defines the operator below
 
@@ -20,6 +20,13 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.treadle.grouped_linear.default}
+
+# FSDP marks what it does for the profiler, and within a layer (experts, a router in fp32) not as often in the
+# recomputation as in the forward, which would be an error.
+SAC_IGNORED_OPS |= {
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+}
 
 
 def apply_activation_checkpointing(layers: nn.ModuleDict, mode: Mode) -> None:

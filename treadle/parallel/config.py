@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from treadle.config import Config
 from treadle.errors import ConfigError
+from treadle.nn.moe import MoEConfig
 from treadle.nn.transformer import TransformerConfig
 
 Reshard = Literal["auto", "after_forward", "never"]
@@ -71,7 +72,6 @@ MISSING = {
     "pipeline": "pipeline parallelism",
     "context": "context parallelism",
     "tensor": "tensor parallelism",
-    "expert": "expert parallelism",
 }
 
 
@@ -94,13 +94,7 @@ def _problems(
         if size % layout.tensor:
             yield "parallel.tensor", f"{layout.tensor} does not divide {key}={size}; try {choices(size)}"
             break
-    for key, size in _divided(model, "experts"):
-        if size % layout.expert:
-            yield "parallel.expert", f"{layout.expert} does not divide {key}={size}; try {choices(size)}"
-            break
-    if (layout.shard * layout.context) % layout.expert:
-        fits = choices(layout.shard * layout.context)
-        yield "parallel.expert", f"{layout.expert} does not divide shard x context; try {fits}"
+    yield from _expert_problems(layout, model)
     layers = len(model.expand())
     if layout.pipeline > layers:
         yield "parallel.pipeline", f"{layout.pipeline} is more than the model's {layers} layers"
@@ -114,6 +108,35 @@ def _problems(
     for key, what in MISSING.items():
         if getattr(layout, key) > 1:
             yield f"parallel.{key}", f"{getattr(layout, key)}, but there is no {what} yet; set it to 1"
+
+
+def _expert_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, str]]:
+    if layout.expert == 1:
+        return
+    parts = [getattr(layer, "feedforward", None) for layer in model.expand()]
+    mixtures = sorted({(part.experts, part.dim) for part in parts if isinstance(part, MoEConfig)})
+    if not mixtures:
+        yield "parallel.expert", f"{layout.expert}, but no layer of the model has experts; set it to 1"
+        return
+    shared = layout.shard * layout.context
+    fits = [n for n in range(1, shared + 1) if not any(_expert_misfit(n, shared, *m, model.dim) for m in mixtures)]
+    misfits = [_expert_misfit(layout.expert, shared, *mixture, model.dim) for mixture in mixtures]
+    if any(misfits):
+        found = next(filter(None, misfits))
+        yield "parallel.expert", f"{found}; try {', '.join(map(str, fits))}"
+
+
+def _expert_misfit(size: int, shared: int, experts: int, inner: int, dim: int) -> str | None:
+    """Why the experts of one mixture cannot be dealt to groups of `size` out of `shared` processes."""
+    if shared % size:
+        return f"{size} does not divide shard x context = {shared}"
+    if experts % size:
+        return f"{size} does not divide experts={experts}"
+    groups, here = shared // size, experts // size
+    # Each process holds whole experts, or equally many rows of each: FSDP cuts only a first dimension unequally.
+    if size > 1 and here % groups and (2 * inner % groups or dim % groups):
+        return f"with {size}, {groups} processes share {here} experts of {2 * inner} and {dim} rows, not equally"
+    return None
 
 
 def _divided(model: TransformerConfig, *keys: str) -> Iterator[tuple[str, int]]:

@@ -18,9 +18,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import Shard
 
+from treadle.nn.moe import MoE
 from treadle.nn.transformer import Transformer
 from treadle.parallel.config import ParallelConfig
+from treadle.parallel.expert import experts_of
 from treadle.parallel.mesh import Mesh
 
 
@@ -39,6 +42,9 @@ def shard_data(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
     wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     narrow = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in sharded_units(model):
+        for moe in layer.modules():
+            if mesh.expert is not None and isinstance(moe, MoE):
+                _shard_experts(moe, mesh, {**options, "mp_policy": narrow})
         if model.dtype != torch.float32:
             for module in layer.modules():
                 if getattr(module, "full_precision", False):
@@ -53,6 +59,17 @@ def shard_data(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
         # groups of one process would divide nevertheless.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_experts(moe: MoE, mesh: Mesh, options: dict[str, Any]) -> None:
+    """Shard what expert parallelism has left of the experts here: gathered together, and together with no others."""
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        # Whole experts, or else rows of each; see `check_layout`.
+        return Shard(0 if parameter.to_local().shape[0] % mesh.expert_shards == 0 else 1)  # type: ignore[attr-defined]
+
+    units: list[nn.Module] = [*experts_of(moe)]
+    fully_shard(units, shard_placement_fn=placement, **{**options, "mesh": mesh.expert_fsdp})
 
 
 def sharded_units(model: Transformer) -> list[nn.Module]:

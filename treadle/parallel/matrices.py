@@ -6,6 +6,7 @@ sent is each matrix once there and once back, in bf16.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,17 +19,28 @@ Function = Callable[[int, Tensor], Tensor]
 Groups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """One to be dealt: what this process holds of it, and its whole shape. place: which of a stack, if in one."""
+
+    number: int
+    values: Tensor
+    shape: torch.Size
+    place: int = 0
+
+
 def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], function: Function) -> list[Tensor]:
     """`function(number, whole)` of each matrix (or stack of them), cut as its parameter is. Collective.
 
     values: bf16, each what this process holds of a tensor that is spread like the parameter; function returns bf16.
+    A stack that is cut between its matrices is a smaller stack; one that is cut within them is so many matrices.
     """
-    results: dict[int, Tensor] = {}
-    dealt: dict[Groups, list[int]] = {}
+    results: dict[tuple[int, int], Tensor] = {}
+    dealt: dict[Groups, list[_Matrix]] = {}
     for number, (parameter, local) in enumerate(zip(parameters, values, strict=True)):
         groups = _groups(parameter)
         if not isinstance(parameter, DTensor) or groups == (None, None):
-            results[number] = function(number, local)
+            results[number, 0] = function(number, local)
         elif groups is None:  # spread in more than one direction
             spread: DTensor = DTensor.from_local(
                 local,
@@ -38,85 +50,85 @@ def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], fu
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
-            results[number] = cut_like(function(number, spread.full_tensor()), parameter)
+            results[number, 0] = cut_like(function(number, spread.full_tensor()), parameter)
+        elif parameter.ndim == 3 and groups[0] is not None:
+            matrices = [_Matrix(number, each, parameter.shape[1:], place) for place, each in enumerate(local)]
+            dealt.setdefault(groups, []).extend(matrices)
         else:
-            dealt.setdefault(groups, []).append(number)
-    for groups, numbers in dealt.items():
+            dealt.setdefault(groups, []).append(_Matrix(number, local, parameter.shape))
+    for groups, matrices in dealt.items():
         round_size = _size(groups[0]) * _size(groups[1])
-        for start in range(0, len(numbers), round_size):
-            chosen = numbers[start : start + round_size]
-            results |= _deal(chosen, [parameters[n] for n in chosen], [values[n] for n in chosen], groups, function)
-    return [results[number] for number in range(len(parameters))]
+        for start in range(0, len(matrices), round_size):
+            chosen = matrices[start : start + round_size]
+            found = _deal(chosen, groups, function)
+            results |= {(m.number, m.place): result for m, result in zip(chosen, found, strict=True)}
+    return [_collected(number, local, results) for number, local in enumerate(values)]
+
+
+def _collected(number: int, local: Tensor, results: dict[tuple[int, int], Tensor]) -> Tensor:
+    first = results[number, 0]
+    if first.ndim == local.ndim:
+        return first
+    return torch.stack([results[number, place] for place in range(local.shape[0])])
 
 
 def _groups(parameter: Tensor) -> Groups | None:
     """Who shares the rows, and who holds the same rows; (None, None) if all that is needed is here; None: otherwise."""
     if not isinstance(parameter, DTensor):
         return None, None
+    stack = parameter.ndim == 3
     rows: list[dist.ProcessGroup] = []
     copies: list[dist.ProcessGroup] = []
     for dimension, placement in enumerate(parameter.placements):
-        if parameter.device_mesh.size(dimension) == 1:
-            continue
-        if not (placement.is_shard(0) or placement.is_replicate()):
+        if parameter.device_mesh.size(dimension) == 1 or (stack and getattr(placement, "dim", None) == 0):
+            continue  # nobody to share with, or a stack cut between its matrices
+        if not (placement.is_shard(1 if stack else 0) or placement.is_replicate()):
             return None
         (copies if placement.is_replicate() else rows).append(parameter.device_mesh.get_group(dimension))
     if len(rows) > 1 or len(copies) > 1:
         return None
-    if parameter.ndim == 3 and rows:  # a stack is cut between its matrices
-        return None, None
     return (rows[0] if rows else None, copies[0] if copies else None)
 
 
-def _deal(
-    numbers: list[int], parameters: list[Tensor], values: list[Tensor], groups: Groups, function: Function
-) -> dict[int, Tensor]:
+def _deal(matrices: list[_Matrix], groups: Groups, function: Function) -> list[Tensor]:
     """One round: as many matrices as processes, or fewer."""
     row_group, copy_group = groups
     size, copies = _size(row_group), _size(copy_group)
-    hands = [range(k * size, min((k + 1) * size, len(numbers))) for k in range(copies)]
-    mine = hands[_rank(copy_group)]
-    own = [numbers[k] for k in mine]
-    found = _exchange(own, [parameters[k] for k in mine], [values[k] for k in mine], row_group, function)
+    hands = [matrices[k * size : (k + 1) * size] for k in range(copies)]
+    found = _exchange(hands[_rank(copy_group)], row_group, function)
     if copy_group is None:
-        return dict(zip((numbers[k] for k in mine), found, strict=True))
-    lengths = [sum(values[k].numel() for k in hand) for hand in hands]
-    padded = values[0].new_zeros(max(lengths))
+        return found
+    lengths = [sum(matrix.values.numel() for matrix in hand) for hand in hands]
+    padded = matrices[0].values.new_zeros(max(lengths))
     if found:
         padded[: lengths[_rank(copy_group)]] = torch.cat([result.flatten() for result in found])
     shared = [torch.empty_like(padded) for _ in range(copies)]
     dist.all_gather(shared, padded, group=copy_group)
-    results: dict[int, Tensor] = {}
+    results: list[Tensor] = []
     for hand, page in zip(hands, shared, strict=True):
         start = 0
-        for k in hand:
-            results[numbers[k]] = page[start : start + values[k].numel()].view_as(values[k])
-            start += values[k].numel()
+        for matrix in hand:
+            results.append(page[start : start + matrix.values.numel()].view_as(matrix.values))
+            start += matrix.values.numel()
     return results
 
 
-def _exchange(
-    numbers: list[int],
-    parameters: list[Tensor],
-    values: list[Tensor],
-    group: dist.ProcessGroup | None,
-    function: Function,
-) -> list[Tensor]:
+def _exchange(matrices: list[_Matrix], group: dist.ProcessGroup | None, function: Function) -> list[Tensor]:
     """Rank k of the group computes the k-th matrix; everybody gets back the rows that are its own."""
-    if group is None:
-        return [function(number, local) for number, local in zip(numbers, values, strict=True)]
+    if group is None or not matrices:
+        return [function(matrix.number, matrix.values) for matrix in matrices]
     size, rank = _size(group), _rank(group)
-    sent = [local.numel() for local in values] + [0] * (size - len(values))
-    shape = parameters[rank].shape if rank < len(parameters) else None
-    received = [0] * size if shape is None else [rows * shape[1] for rows in _rows(shape[0], size)]
-    outgoing = torch.cat([local.flatten() for local in values])
+    sent = [matrix.values.numel() for matrix in matrices] + [0] * (size - len(matrices))
+    mine = matrices[rank] if rank < len(matrices) else None
+    received = [0] * size if mine is None else [rows * mine.shape[1] for rows in _rows(mine.shape[0], size)]
+    outgoing = torch.cat([matrix.values.flatten() for matrix in matrices])
     incoming = outgoing.new_empty(sum(received))
     dist.all_to_all_single(incoming, outgoing, received, sent, group=group)
-    if shape is not None:
-        incoming = function(numbers[rank], incoming.view(shape)).contiguous().flatten()
+    if mine is not None:
+        incoming = function(mine.number, incoming.view(mine.shape)).contiguous().flatten()
     dist.all_to_all_single(outgoing, incoming, sent, received, group=group)
     pieces = outgoing.split(sent)
-    return [piece.view_as(local) for piece, local in zip(pieces, values, strict=False)]
+    return [piece.view_as(matrix.values) for piece, matrix in zip(pieces, matrices, strict=False)]
 
 
 def _rows(rows: int, size: int) -> list[int]:

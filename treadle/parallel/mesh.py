@@ -4,6 +4,7 @@ A single process has a mesh too, without any process group: sums are what is sum
 there are. Dimensions, from the slowest link to the fastest: pipeline, replicate, shard, context, tensor.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from treadle.errors import ConfigError, TreadleError
 from treadle.parallel.config import Layout
 
 T = TypeVar("T")
+
+# Warns, of every norm and gathering of a tensor that is cut in two directions, that this takes two steps.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 DIMENSIONS = ("pipeline", "replicate", "shard", "context", "tensor")
 PATIENCE = timedelta(days=7)  # preparing data may take as long as it likes
@@ -49,7 +53,9 @@ class Mesh:
 
     fsdp: what `fully_shard` takes, (replicate, shard x context) or (shard x context); None for a single process.
     batch: everything that a batch is cut over, (replicate x shard x context). pipeline, context, tensor: submeshes,
-    None where the size is one. background: the group of saves that go on beside training. patient: that of waits.
+    None where the size is one. expert: the processes that experts are dealt to, neighbours within shard x context;
+    None without. expert_fsdp: what `fully_shard` takes for experts then, `fsdp` less `expert`. background: the group
+    of saves that go on beside training. patient: that of waits.
     """
 
     world: World = World()
@@ -60,6 +66,8 @@ class Mesh:
     pipeline: DeviceMesh | None = None
     context: DeviceMesh | None = None
     tensor: DeviceMesh | None = None
+    expert: DeviceMesh | None = None
+    expert_fsdp: DeviceMesh | None = None
     background: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
 
@@ -85,6 +93,11 @@ class Mesh:
     def data_rank(self) -> int:
         """Which of them this is."""
         return self.rank // (self.layout.context * self.layout.tensor) % self.layout.data
+
+    @property
+    def expert_shards(self) -> int:
+        """Processes that share the same experts among them, of one copy of the weights."""
+        return self.layout.shard * self.layout.context // self.layout.expert
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over everything that a batch is cut over, in place."""
@@ -202,6 +215,12 @@ def make_mesh(world: World, layout: Layout, device: torch.device) -> Mesh:
     root = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
     shard = _flatten(root["shard", "context"], "shard_context") if layout.context > 1 else root["shard"]
     fsdp = shard if layout.replicate == 1 else _concatenate(root["replicate"], shard)
+    experts = expert_fsdp = None
+    if layout.expert > 1:
+        dealt = _unflatten(shard, {"expert_shard": shard.size() // layout.expert, "expert": layout.expert})
+        experts, expert_fsdp = dealt["expert"], dealt["expert_shard"]
+        if layout.replicate > 1:
+            expert_fsdp = _concatenate(root["replicate"], expert_fsdp)
     single = {name: root[name] if getattr(layout, name) > 1 else None for name in ("pipeline", "context", "tensor")}
     return Mesh(
         world,
@@ -209,6 +228,8 @@ def make_mesh(world: World, layout: Layout, device: torch.device) -> Mesh:
         device,
         fsdp=fsdp,
         batch=_flatten(root["replicate", "shard", "context"], "batch"),
+        expert=experts,
+        expert_fsdp=expert_fsdp,
         background=dist.new_group(backend="gloo"),
         patient=dist.new_group(backend="gloo", timeout=PATIENCE),
         **single,
@@ -218,6 +239,11 @@ def make_mesh(world: World, layout: Layout, device: torch.device) -> Mesh:
 def _flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """Several dimensions as one. Private in PyTorch; slicing the root by the new name is deprecated, so keep this."""
     return mesh._flatten(name)
+
+
+def _unflatten(mesh: DeviceMesh, sizes: dict[str, int]) -> DeviceMesh:
+    """One dimension as several. Private in PyTorch."""
+    return mesh._unflatten(0, tuple(sizes.values()), tuple(sizes))
 
 
 def _concatenate(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:

@@ -9,6 +9,7 @@ from treadle.parallel.activation_checkpointing import apply_activation_checkpoin
 from treadle.parallel.compile import compile_layers
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.data import shard_data
+from treadle.parallel.expert import distribute_experts
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.shards import piece
 from treadle.train.config import Precision, TrainingConfig
@@ -46,10 +47,11 @@ def build_model(
     mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
     model = build_meta(config)
     model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
+    travelling = distribute_experts(model, mesh)
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
         apply_activation_checkpointing(layers, training.activation_checkpointing)
         if training.compile:
-            compile_layers(layers)
+            compile_layers(layers, apart=travelling)
     shard_data(model, mesh, parallel)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device)
     return model.initialise(seed, piece=piece)
