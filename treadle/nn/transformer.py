@@ -3,7 +3,6 @@
 B batch, S sequence, D model dim, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
 from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, MultiTokenConfig, NormConfig
-from treadle.nn.init import InitConfig, NormalInitConfig, Piece, initialise
+from treadle.nn.init import InitConfig, NormalInitConfig, Pieces, initialise, whole_piece
 from treadle.nn.linear import Embedding
 from treadle.nn.norm import RMSNormConfig
 
@@ -172,9 +171,9 @@ class Transformer(nn.Module):
         sources = {module.key: module for module in modules}
         return replace(context, tables={key: m.tables(context) for key, m in sources.items()})
 
-    def initialise(self, seed: int, *, piece: Callable[[Tensor], Piece] = Piece.whole) -> "Transformer":
-        """Fill all weights, or the piece of each that is here; see `treadle.nn.init`."""
-        initialise(self, self.config.init, seed=seed, depth=len(self.config.expand()), piece=piece)
+    def initialise(self, seed: int, *, pieces: Pieces = whole_piece) -> "Transformer":
+        """Fill all weights, or the pieces of each that are here; see `treadle.nn.init`."""
+        initialise(self, self.config.init, seed=seed, depth=len(self.config.expand()), pieces=pieces)
         return self
 
     @property

@@ -12,16 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from treadle.parallel.shards import cut_like
+from treadle.parallel.shards import Parts, cut_like, gather, spread_like, tensor_cut
 
 Function = Callable[[int, Tensor], Tensor]
 Groups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]
 
 
-def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], function: Function) -> list[Tensor]:
+def on_whole_matrices(
+    parameters: Sequence[Tensor], values: Sequence[Tensor], parts: Sequence[Parts], function: Function
+) -> list[Tensor]:
     """`function(number, whole)` of each matrix (or stack of them), cut as its parameter is. Collective.
 
     values: bf16, each what this process holds of a tensor that is spread like the parameter; function returns bf16.
+    parts: of each parameter, as in `treadle.parallel.shards`.
     """
     results: dict[int, Tensor] = {}
     dealt: dict[Groups, list[int]] = {}
@@ -30,9 +33,8 @@ def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], fu
         if not isinstance(parameter, DTensor) or groups == (None, None):
             results[number] = function(number, local)
         elif groups is None:  # spread in more than one direction
-            shape = {"shape": parameter.shape, "stride": parameter.stride()}
-            spread = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, **shape)
-            results[number] = cut_like(function(number, spread.full_tensor()), parameter)
+            whole = gather(spread_like(local, parameter), parts[number])
+            results[number] = cut_like(function(number, whole), parameter, parts[number])
         else:
             dealt.setdefault(groups, []).append(number)
     for groups, numbers in dealt.items():
@@ -49,6 +51,8 @@ def _groups(parameter: Tensor) -> Groups | None:
         return None, None
     rows: list[dist.ProcessGroup] = []
     copies: list[dist.ProcessGroup] = []
+    if tensor_cut(parameter) is not None:
+        return None
     for dimension, placement in enumerate(parameter.placements):
         if parameter.device_mesh.size(dimension) == 1:
             continue

@@ -10,7 +10,8 @@ from treadle.parallel.compile import compile_layers
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.data import shard_data
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.shards import piece
+from treadle.parallel.shards import parts_of, pieces
+from treadle.parallel.tensor import shard_tensor
 from treadle.train.config import Precision, TrainingConfig
 from treadle.train.optimizers import OptimizerConfig
 from treadle.train.state import TrainState
@@ -46,13 +47,15 @@ def build_model(
     mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
     model = build_meta(config)
     model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
+    shard_tensor(model, mesh, parallel)
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
         apply_activation_checkpointing(layers, training.activation_checkpointing)
         if training.compile:
             compile_layers(layers)
     shard_data(model, mesh, parallel)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device)
-    return model.initialise(seed, piece=piece)
+    parts = parts_of(model)
+    return model.initialise(seed, pieces=lambda name, parameter: pieces(parameter, parts.get(name, ())))
 
 
 def build_state(model: Transformer, optimizer: OptimizerConfig, training: TrainingConfig) -> TrainState:
