@@ -15,7 +15,7 @@ from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.shards import Parts, gather, parts_of
+from treadle.parallel.shards import Parts, copy_whole, gather, parts_of
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
 from treadle.train.losses import cross_entropy
@@ -120,10 +120,12 @@ def step_of(
     """Loss, metrics, gradients and their norm of one step, whole and on the CPU."""
     config = training(**changes)
     built = build_model(MODELS[model], config, seed=0, mesh=mesh, parallel=parallel)
+    parts = parts_of(built)
+    initial = {n: whole(p, parts.get(n, ())) for n, p in built.named_parameters()}
+    vary(built)
     batches = loader(mesh).micro_batches(0, rows)
     result = forward_backward(built, batches, partial(cross_entropy, z_loss=1e-3), mesh=mesh)
     norm = gradient_norm(built.parameters(), mesh)
-    parts = parts_of(built)
     gradients = {n: whole(p.grad, parts.get(n, ())) for n, p in built.named_parameters() if p.grad is not None}
     return {
         "loss": result.loss.item(),
@@ -133,8 +135,19 @@ def step_of(
         "metrics": {name: value.item() for name, value in result.metrics.items()},
         "loads": {name: load.counts_E for name, load in result.loads.items()},
         "gradients": gradients,
-        "initial": {n: whole(p, parts.get(n, ())) for n, p in built.named_parameters()},
+        "initial": initial,
     }
+
+
+def vary(model: torch.nn.Module) -> None:
+    """Give biases, norms and other vectors, which start alike, values of their own."""
+    parts = parts_of(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name or "sinks" in name:
+            values = whole(parameter, parts.get(name, ()))
+            generator = torch.Generator().manual_seed(len(name))
+            values += 0.2 * torch.randn(values.shape, generator=generator)
+            copy_whole(parameter, values, parts.get(name, ()))
 
 
 def whole(tensor: Tensor, parts: Parts = ()) -> Tensor:
