@@ -71,7 +71,7 @@ class Layout:
 
 # What a recipe may ask for, and this version cannot do. A size above one is refused.
 MISSING = {
-    "pipeline": "pipeline stages",
+    "pipeline": "pipeline parallelism",
     "context": "context parallelism",
     "expert": "expert parallelism",
 }
@@ -115,7 +115,7 @@ def _problems(
         yield "parallel.cpu_offload", "it needs at least two processes"
     for key, what in MISSING.items():
         if getattr(layout, key) > 1:
-            yield f"parallel.{key}", f"{getattr(layout, key)}, but {what} does not exist yet; set it to 1"
+            yield f"parallel.{key}", f"{getattr(layout, key)}, but there is no {what} yet; set it to 1"
 
 
 def _divided(model: TransformerConfig, *keys: str) -> Iterator[tuple[str, int]]:

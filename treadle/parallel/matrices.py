@@ -3,6 +3,10 @@
 The matrices are dealt out: each process gets all rows of every n-th one, computes, and sends the rows of the result
 back to those who hold them. So nothing is computed twice, and nobody ever holds more than one whole matrix; what is
 sent is each matrix once there and once back, in bf16.
+
+Matrices that are cut in two directions (by tensor parallelism, and what is left of them by data) are dealt out as well,
+but each is gathered on every process, and sent to every process. Of a stack of experts each process keeps its own, and
+gathers those alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +14,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from treadle.parallel.shards import Parts, cut_like, gather, spread_like, tensor_cut
+from treadle.parallel.shards import Parts, across, cut_like, gather, spread_like, tensor_cut
 
 Function = Callable[[int, Tensor], Tensor]
 Groups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]
@@ -28,13 +33,16 @@ def on_whole_matrices(
     """
     results: dict[int, Tensor] = {}
     dealt: dict[Groups, list[int]] = {}
+    crossed: dict[DeviceMesh, list[int]] = {}
     for number, (parameter, local) in enumerate(zip(parameters, values, strict=True)):
         groups = _groups(parameter)
         if not isinstance(parameter, DTensor) or groups == (None, None):
             results[number] = function(number, local)
-        elif groups is None:  # spread in more than one direction
-            whole = gather(spread_like(local, parameter), parts[number])
-            results[number] = cut_like(function(number, whole), parameter, parts[number])
+        elif groups is None and parameter.ndim == 3:
+            whole, cut_again = across(local, parameter, parts[number])
+            results[number] = cut_again(function(number, whole))
+        elif groups is None:
+            crossed.setdefault(parameter.device_mesh, []).append(number)
         else:
             dealt.setdefault(groups, []).append(number)
     for groups, numbers in dealt.items():
@@ -42,7 +50,47 @@ def on_whole_matrices(
         for start in range(0, len(numbers), round_size):
             chosen = numbers[start : start + round_size]
             results |= _deal(chosen, [parameters[n] for n in chosen], [values[n] for n in chosen], groups, function)
+    for mesh, numbers in crossed.items():
+        for start in range(0, len(numbers), mesh.size()):
+            chosen = numbers[start : start + mesh.size()]
+            found = _deal_crossed(chosen, parameters, values, parts, mesh, function)
+            results |= {n: cut_like(found[n], parameters[n], parts[n]) for n in chosen}
     return [results[number] for number in range(len(parameters))]
+
+
+def _deal_crossed(
+    numbers: list[int],
+    parameters: Sequence[Tensor],
+    values: Sequence[Tensor],
+    parts: Sequence[Parts],
+    mesh: DeviceMesh,
+    function: Function,
+) -> dict[int, Tensor]:
+    """One round: the k-th process of the mesh computes the k-th matrix. Whole results, on every process."""
+    places = [_place(k, tuple(mesh.shape)) for k in range(len(numbers))]
+    here, results = tuple(mesh.get_coordinate() or ()), dict[int, Tensor]()
+    for number, place in zip(numbers, places, strict=True):
+        whole = gather(spread_like(values[number], parameters[number]), parts[number])
+        results[number] = whole if place == here else whole.new_empty(0)
+    for number, place in zip(numbers, places, strict=True):
+        if place == here:
+            results[number] = function(number, results[number]).contiguous()
+    for number, place in zip(numbers, places, strict=True):
+        if place != here:
+            results[number] = values[number].new_empty(parameters[number].shape)
+        for dimension, source in enumerate(place):  # along a line, then from that line over a plane, and so on
+            if here[dimension + 1 :] == place[dimension + 1 :]:
+                dist.broadcast(results[number], group=mesh.get_group(dimension), group_src=source)
+    return results
+
+
+def _place(number: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where the process of this number is, in a mesh of these sizes."""
+    place = []
+    for size in reversed(sizes):
+        number, rest = divmod(number, size)
+        place.append(rest)
+    return tuple(reversed(place))
 
 
 def _groups(parameter: Tensor) -> Groups | None:
@@ -51,7 +99,7 @@ def _groups(parameter: Tensor) -> Groups | None:
         return None, None
     rows: list[dist.ProcessGroup] = []
     copies: list[dist.ProcessGroup] = []
-    if tensor_cut(parameter) is not None:
+    if tensor_cut(parameter) is not None:  # its rows may be stacked, or its columns be elsewhere
         return None
     for dimension, placement in enumerate(parameter.placements):
         if parameter.device_mesh.size(dimension) == 1:
@@ -74,8 +122,8 @@ def _deal(
     size, copies = _size(row_group), _size(copy_group)
     hands = [range(k * size, min((k + 1) * size, len(numbers))) for k in range(copies)]
     mine = hands[_rank(copy_group)]
-    own = [[sequence[k] for k in mine] for sequence in (numbers, parameters, values)]
-    found = _exchange(*own, row_group, function)  # type: ignore[arg-type]
+    own = [numbers[k] for k in mine]
+    found = _exchange(own, [parameters[k] for k in mine], [values[k] for k in mine], row_group, function)
     if copy_group is None:
         return dict(zip((numbers[k] for k in mine), found, strict=True))
     lengths = [sum(values[k].numel() for k in hand) for hand in hands]

@@ -9,11 +9,12 @@ but one of each part. PyTorch knows nothing of it: to a DTensor the whole is the
 is done elementwise that makes no difference; whoever means a row of the whole has to say the parts here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -135,9 +136,32 @@ def gather(tensor: Tensor, parts: Parts = ()) -> Tensor:
     whole, cut = tensor.full_tensor(), tensor_cut(tensor)
     if not parts or cut is None:
         return whole
-    size = _size_and_rank(tensor, TENSOR)[0]
-    stacks = whole.unflatten(cut, (size, -1)).split([part // size for part in parts], dim=cut + 1)
-    return torch.cat([stack.flatten(cut, cut + 1) for stack in stacks], cut)
+    return _in_order(whole, cut, _size_and_rank(tensor, TENSOR)[0], parts)
+
+
+def _in_order(stacks: Tensor, cut: int, size: int, parts: Parts) -> Tensor:
+    """The rows of the whole, from the processes' stacks end to end."""
+    each = stacks.unflatten(cut, (size, -1)).split([part // size for part in parts], dim=cut + 1)
+    return torch.cat([stack.flatten(cut, cut + 1) for stack in each], cut)
+
+
+def across(values: Tensor, tensor: Tensor, parts: Parts = ()) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Gathered on the mesh's dimension "tensor" alone; and what cuts such a tensor again.
+
+    values: what this process holds of a tensor that is spread as `tensor` is, which is cut there.
+    """
+    assert isinstance(tensor, DTensor)
+    cut, (size, rank) = tensor_cut(tensor), _size_and_rank(tensor, TENSOR)
+    assert cut is not None
+    group = tensor.device_mesh.get_group((tensor.device_mesh.mesh_dim_names or ()).index(TENSOR))
+    everyone = [torch.empty_like(values) for _ in range(size)]
+    dist.all_gather(everyone, values.contiguous(), group=group)
+    stacked = list(parts) or [tensor.shape[cut]]
+
+    def cut_again(whole: Tensor) -> Tensor:
+        return torch.cat([part.chunk(size, cut)[rank] for part in whole.split(stacked, cut)], cut)
+
+    return _in_order(torch.cat(everyone, cut), cut, size, stacked), cut_again
 
 
 class Spread:
