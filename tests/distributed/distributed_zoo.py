@@ -15,7 +15,7 @@ from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.shards import gather
+from treadle.parallel.shards import Parts, copy_whole, gather, parts_of
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
 from treadle.train.losses import cross_entropy
@@ -27,6 +27,11 @@ GATED = {"kind": "gated", "dim": 48}
 MOE = {"kind": "moe", "experts": 6, "top_k": 2, "dim": 16, "balance_bias": 0.01, "z_loss": 0.001}
 LATENT = {"kind": "latent_attention", "heads": 2, "kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "value_dim": 16}
 DELTA = {"kind": "gated_delta", "heads": 2, "head_dim": 16}
+
+
+DENSE = {"kind": "dense", "dim": 48, "bias": True}
+# One key-value head, and norms of all heads as one vector.
+NORMED = {**ATTENTION, "kv_heads": 1, "qk_norm": {"kind": "layer"}, "qk_norm_over": "all"}
 
 
 def layer(mixer: Any = None, feedforward: Any = None, repeat: int = 2) -> dict[str, Any]:
@@ -50,6 +55,33 @@ MODELS: dict[str, TransformerConfig] = {
     "delta": spec([layer(DELTA), layer(repeat=1)]),
     "latent": spec([layer(LATENT, repeat=1), layer(repeat=1)]),
     "further": spec(multi_token={"kind": "sequential", "depth": 2, "weight": 0.3}),
+    "heads": spec(
+        [
+            layer({**ATTENTION, "kv_heads": 4, "bias": True, "output_bias": True}, DENSE, 1),
+            {**layer({**ATTENTION, "qk_norm": {"kind": "rms"}}, repeat=1), "kind": "sandwich"},
+            {**layer(NORMED, repeat=1), "kind": "parallel", "norm": {"kind": "layer"}},
+            {**layer({**NORMED, "qk_norm_over": "own", "sinks": True}, repeat=1), "kind": "post_norm"},
+            {**layer({**ATTENTION, "position": {"kind": "alibi"}, "sinks": True}, repeat=1), "kind": "reordered_norm"},
+        ],
+        position={"kind": "learned"},
+        embedding_norm={"kind": "layer"},
+        softcap=3.0,
+    ),
+    "wide": spec(
+        [
+            {**layer({**ATTENTION, "qk_norm": {"kind": "rms"}, "qk_norm_over": "all"}, repeat=1), "kind": "parallel"},
+            layer({**ATTENTION, "qk_norm": {"kind": "rms"}, "qk_norm_over": "own"}, repeat=1),
+        ],
+        position={"kind": "sinusoidal"},
+        tied=True,
+    ),
+    "experts": spec(
+        [
+            layer({**LATENT, "q_rank": 16, "bias": True, "heads": 4}, {**MOE, "bias": True, "dim": 32}, 1),
+            layer(None, {**MOE, "shared": DENSE, "shared_gate": True, "capacity": 1.25, "dim": 32}, 1),
+        ]
+    ),
+    "grouped_delta": spec([layer({**DELTA, "value_heads": 4}, repeat=1)]),
     "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
 }
 
@@ -88,10 +120,13 @@ def step_of(
     """Loss, metrics, gradients and their norm of one step, whole and on the CPU."""
     config = training(**changes)
     built = build_model(MODELS[model], config, seed=0, mesh=mesh, parallel=parallel)
+    parts = parts_of(built)
+    initial = {n: whole(p, parts.get(n, ())) for n, p in built.named_parameters()}
+    vary(built)
     batches = loader(mesh).micro_batches(0, rows)
     result = forward_backward(built, batches, partial(cross_entropy, z_loss=1e-3), mesh=mesh)
     norm = gradient_norm(built.parameters(), mesh)
-    gradients = {n: whole(p.grad) for n, p in built.named_parameters() if p.grad is not None}
+    gradients = {n: whole(p.grad, parts.get(n, ())) for n, p in built.named_parameters() if p.grad is not None}
     return {
         "loss": result.loss.item(),
         "tokens": result.tokens,
@@ -100,12 +135,23 @@ def step_of(
         "metrics": {name: value.item() for name, value in result.metrics.items()},
         "loads": {name: load.counts_E for name, load in result.loads.items()},
         "gradients": gradients,
-        "initial": {n: whole(p) for n, p in built.named_parameters()},
+        "initial": initial,
     }
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return gather(tensor.detach()).clone()
+def vary(model: torch.nn.Module) -> None:
+    """Give biases, norms and other vectors, which start alike, values of their own."""
+    parts = parts_of(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name or "sinks" in name:
+            values = whole(parameter, parts.get(name, ()))
+            generator = torch.Generator().manual_seed(len(name))
+            values += 0.2 * torch.randn(values.shape, generator=generator)
+            copy_whole(parameter, values, parts.get(name, ()))
+
+
+def whole(tensor: Tensor, parts: Parts = ()) -> Tensor:
+    return gather(tensor.detach(), parts).clone()
 
 
 def step_on_ranks(model: str, rows: int, options: dict[str, Any], sizes: dict[str, int], **changes: Any) -> Any:

@@ -1,14 +1,18 @@
 """A checkpoint of any layout goes on in any other: the same state bit by bit, the same next step."""
 
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_zoo import MODELS, loader, training, whole
 from harness import meshed, run
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from treadle.errors import CheckpointError
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import Spread
 from treadle.train.checkpoint import Checkpointer
 from treadle.train.config import CheckpointConfig
 from treadle.train.loop import Callback, Loop
@@ -44,7 +48,23 @@ def train(state: TrainState, mesh: Mesh, steps: int) -> list[float]:
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
     tensors = state.tensors()
-    return {f"{part}.{name}": whole(t) for part in tensors for name, t in tensors[part].items()}
+    return {f"{part}.{name}": whole_of(t) for part in tensors for name, t in tensors[part].items()}
+
+
+def whole_of(tensor) -> torch.Tensor:
+    """Of a tensor that is given to a checkpoint in pieces, from the pieces of all processes."""
+    if not isinstance(tensor, Spread):
+        return whole(tensor)
+    chunks = tensor.__create_chunk_list__()
+    mine = [(c.offsets, tensor.__get_tensor_shard__(MetadataIndex("", c.offsets))) for c in chunks]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    values, filled = torch.zeros(tensor.size()), torch.zeros(tensor.size(), dtype=torch.bool)
+    for offsets, piece in (found for theirs in everyone for found in theirs):
+        place = tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))
+        values[place], filled[place] = piece, True
+    assert filled.all()
+    return values
 
 
 def save(model: str, optimizer: str, sizes: dict[str, int], folder: str, asynchronous: bool = True):
@@ -85,6 +105,10 @@ def load_on(mesh: Mesh, model: str, optimizer: str, folder):
         ("moe", "adamw", 4, {"replicate": 2}, 2, {}),
         ("plain", "muon", 2, {}, 4, {"replicate": 2}),
         ("moe", "muon", 2, {"replicate": 2}, 1, {}),
+        ("plain", "adamw", 2, {"tensor": 2}, 1, {}),
+        ("plain", "adamw", 1, {}, 4, {"shard": 2, "tensor": 2}),
+        ("moe", "adamw", 4, {"shard": 2, "tensor": 2}, 2, {}),
+        ("grouped_delta", "muon", 2, {"tensor": 2}, 4, {"tensor": 4}),
     ],
 )
 def test_any_layout_to_any_other(tmp_path, model, optimizer, before, sizes, after, other):

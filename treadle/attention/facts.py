@@ -23,6 +23,7 @@ class AttentionFacts:
         (arXiv:2108.12409), 0 none.
     sinks: one learned logit per head joins each softmax and carries no value (GPT-OSS, arXiv:2508.10925): its tensor is
         the last argument of `attend`. The softcap and ALiBi do not touch it.
+    heads: (the first, of how many) where a layer's query heads are a part of its heads; None: they are all of them.
     """
 
     scale: float | None = None
@@ -30,6 +31,7 @@ class AttentionFacts:
     softcap: float | None = None
     alibi: float = 0.0
     sinks: bool = False
+    heads: tuple[int, int] | None = None
 
     def keys_seen(self, length: float) -> float:
         """How many keys a query sees on average, causal, in a document of `length` tokens (for FLOPs: half of all)."""
@@ -63,11 +65,17 @@ def alibi_slopes(heads: int, device: torch.device | None = None, dtype: torch.dt
     return torch.exp2(-torch.where(head_H < n, 8 * (head_H + 1) / n, 4 * (2 * (head_H - n) + 1) / n)).to(dtype)
 
 
+def slopes(facts: AttentionFacts, heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What ALiBi takes from a score per token of distance, for the `heads` query heads that are here.  -> slopes_H"""
+    first, total = facts.heads or (0, heads)
+    return facts.alibi * alibi_slopes(total, device, dtype)[first : first + heads]
+
+
 def alibi_bias(facts: AttentionFacts, heads: int, context: AttentionContext, keys: int, dtype: torch.dtype) -> Tensor:
     """What ALiBi adds to the scores: -alibi * slope * (i - j).  -> bias_BHST"""
     q_position_BS1, k_position_B1T = _positions(context, keys)
     distance_BST = q_position_BS1 - k_position_B1T
-    slopes_H = facts.alibi * alibi_slopes(heads, distance_BST.device, dtype)
+    slopes_H = slopes(facts, heads, distance_BST.device, dtype)
     return -slopes_H[:, None, None] * distance_BST[:, None]
 
 

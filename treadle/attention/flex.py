@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from treadle.attention.context import AttentionContext
-from treadle.attention.facts import AttentionFacts, alibi_slopes
+from treadle.attention.facts import AttentionFacts, slopes
 
 CHUNK = 128
 
@@ -60,7 +60,7 @@ def _score_mod(facts: AttentionFacts, q_BSHK: Tensor) -> Callable[..., Tensor] |
     if facts.softcap is None and not facts.alibi:
         return None
     softcap = facts.softcap
-    slopes_H = facts.alibi * alibi_slopes(q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
+    slopes_H = slopes(facts, q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
 
     def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if softcap is not None:

@@ -37,13 +37,16 @@ def linear_cross_entropy(
     z_loss: weight of the squared log partition function (PaLM, arXiv:2204.02311).
     chunk: tokens at a time; None picks one by memory. Returns float32 scalars (float64 if x is).
     """
-    if chunk is None:
-        # A power of two, so that a batch divides into equal chunks of whole matmul tiles.
-        fits = CHUNK_ELEMENTS["cpu" if x_TD.device.type == "cpu" else "cuda"] // weight_VD.shape[0]
-        chunk = max(64, 1 << max(0, fits.bit_length() - 1))
+    chunk = chunk or chunk_tokens(x_TD.device, weight_VD.shape[0])
     if not torch.is_grad_enabled():  # a Function does not see no_grad: it would form the gradients all the same
         x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, z_loss, chunk)  # type: ignore[no-any-return]
+
+
+def chunk_tokens(device: torch.device, vocabulary: int) -> int:
+    """Tokens at a time: a power of two, so that a batch divides into equal chunks of whole matmul tiles."""
+    fits = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // vocabulary
+    return max(64, 1 << max(0, fits.bit_length() - 1))
 
 
 class _LinearCrossEntropy(autograd.Function):
@@ -70,7 +73,7 @@ class _LinearCrossEntropy(autograd.Function):
             if dx_TD is not None:
                 torch.mm(dlogits_CV, cast_VD, out=dx_TD[rows])
             if dweight_VD is not None:
-                _accumulate(dweight_VD, dlogits_CV, x_TD[rows])
+                accumulate(dweight_VD, dlogits_CV, x_TD[rows])
         ctx.save_for_backward(dx_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(penalty)
@@ -86,7 +89,7 @@ class _LinearCrossEntropy(autograd.Function):
         return dx_TD, dweight_VD, None, None, None, None
 
 
-def _accumulate(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
+def accumulate(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
     """total += dlogits^T x, summed in the wide dtype of `total`."""
     if dlogits_CV.dtype == total_VD.dtype:
         total_VD.addmm_(dlogits_CV.t(), x_CD)

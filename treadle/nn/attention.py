@@ -61,6 +61,8 @@ class Attention(nn.Module):
     """out(attend(position(norm(q)), position(norm(k)), v)), with q, k, v stored as one matrix.  x_BSD -> y_BSD"""
 
     roles = {"qkv": "column", "out": "row", "q_norm": "replicate", "k_norm": "replicate", "sinks": "column"}
+    entry, exit = "qkv", "out"
+    head_counts = {"heads": (), "kv_heads": ("k", "v")}
 
     def __init__(self, config: AttentionConfig, model_dim: int, max_length: int):
         super().__init__()
@@ -81,6 +83,8 @@ class Attention(nn.Module):
         }
         self.qkv = Linear(model_dim, sum(parts.values()), bias=config.bias, parts=parts)
         self.q_norm, self.k_norm, self.norm_all, self.clip = None, None, config.qk_norm_over == "all", config.clip
+        over = config.qk_norm_over
+        self.norms_of_heads = {} if over == "head" else {"q_norm": ("heads", over), "k_norm": ("kv_heads", over)}
         if config.qk_norm is not None:
             self.q_norm, self.k_norm = (
                 config.qk_norm.build(heads * self.head_dim)

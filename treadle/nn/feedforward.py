@@ -26,6 +26,7 @@ class Dense(nn.Module):
     """down(act(up(x))).  x_BSD -> y_BSD"""
 
     roles = {"up": "column", "down": "row"}
+    entry, exit = "up", "down"
 
     def __init__(self, config: DenseConfig, model_dim: int):
         super().__init__()
@@ -50,6 +51,7 @@ class Gated(nn.Module):
     """down(act(gate(x)) * up(x)), gate and up stored as one matrix.  x_BSD -> y_BSD"""
 
     roles = {"gate_up": "column", "down": "row"}
+    entry, exit = "gate_up", "down"
 
     def __init__(self, config: GatedConfig, model_dim: int):
         super().__init__()

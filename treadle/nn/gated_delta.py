@@ -82,6 +82,8 @@ class GatedDelta(nn.Module):
         "norm": "replicate",
         "out": "row",
     }
+    exit = "out"
+    head_counts = {"heads": ("q", "k"), "value_heads": ()}
     full_precision = True  # decay, step size and convolution
 
     def __init__(self, config: GatedDeltaConfig, model_dim: int, max_length: int):
@@ -89,15 +91,23 @@ class GatedDelta(nn.Module):
         self.heads, self.value_heads = config.heads, config.value_heads or config.heads
         self.head_dim = config.head_dim or model_dim // config.heads
         self.value_dim = config.value_dim or self.head_dim
-        keys, values = self.heads * self.head_dim, self.value_heads * self.value_dim
-        self.channels = 2 * keys + values
-        self.qkvz = Linear(model_dim, self.channels + values, parts={"q": keys, "k": keys, "v": values, "z": values})
+        q, k, v = self._sizes()
+        self.qkvz = Linear(model_dim, q + k + v + v, parts={"q": q, "k": k, "v": v, "z": v})
         self.ba = Linear(model_dim, 2 * self.value_heads, parts=("b", "a"))
-        self.conv = ShortConvolution(self.channels, config.conv)
+        self.conv = ShortConvolution(self.channels, config.conv, parts={"q": q, "k": k, "v": v})
         self.A_log = nn.Parameter(torch.empty(self.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
         self.norm = config.norm.build(self.value_dim)
-        self.out = Linear(values, model_dim)
+        self.out = Linear(v, model_dim)
+
+    def _sizes(self) -> list[int]:
+        """Channels of queries, keys and values."""
+        keys = self.heads * self.head_dim
+        return [keys, keys, self.value_heads * self.value_dim]
+
+    @property
+    def channels(self) -> int:
+        return sum(self._sizes())
 
     def initial(self, name: str, uniform: Tensor) -> Tensor:
         if name == "A_log":
@@ -108,10 +118,9 @@ class GatedDelta(nn.Module):
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
         positions_BS, cache = context.positions_BS, context.cache
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
-        *qkv, values = self.qkvz.parts.values()
-        qkv_BSE, z_BSU = self.qkvz(x_BSD).split((self.channels, values), dim=-1)
+        qkv_BSE, z_BSU = self.qkvz(x_BSD).split((self.channels, self._sizes()[-1]), dim=-1)
         mixed_BSE = F.silu(self.conv(qkv_BSE.to(wide), positions_BS, cache.past_BWE if cache is not None else None))
-        q_BSF, k_BSF, v_BSU = mixed_BSE.split(qkv, dim=-1)
+        q_BSF, k_BSF, v_BSU = mixed_BSE.split(self._sizes(), dim=-1)
         q_BSHK, k_BSHK = (_unit(x.unflatten(-1, (-1, self.head_dim))) for x in (q_BSF, k_BSF))
         log_decay_BSG, beta_BSG = self._gates(x_BSD, wide)
         y_BSGV, state_BGKV = gated_delta_rule(

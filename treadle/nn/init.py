@@ -7,7 +7,7 @@ A block whose own parameters start otherwise has `initial(name, uniform)`: it tu
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -84,27 +84,33 @@ class Piece:
         return Piece(self.values[index - self.offsets[0]], self.offsets[1:], self.shape[1:])
 
 
+Pieces = Callable[[str, Tensor], Sequence[Piece]]
+
+
+def whole_piece(name: str, parameter: Tensor) -> Sequence[Piece]:
+    return [Piece.whole(parameter)]
+
+
 @torch.no_grad()
-def initialise(
-    model: nn.Module, config: InitConfig, *, seed: int, depth: int, piece: Callable[[Tensor], Piece] = Piece.whole
-) -> None:
-    """Fill every parameter in place, on whatever device it is. piece: the part of a parameter that is here."""
+def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int, pieces: Pieces = whole_piece) -> None:
+    """Fill every parameter in place, on whatever device it is. pieces: what is here of a parameter, by its name."""
     roles = parameter_roles(model)
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         path, leaf = name.rpartition(".")[::2]
-        owner, here = modules[path], piece(parameter)
-        if hasattr(owner, "initial"):
-            _fill(here, partial(owner.initial, leaf), seed=seed, name=name)
-        elif is_matrix(name, roles[name], parameter):
-            role: Role = owner.alone if isinstance(owner, GroupedLinear) else roles[name]
-            std = config.matrix_std(role, parameter.shape[-1], depth)
-            for part, values in _parts(name, owner, here):
-                _fill(values, _normal(std), seed=seed, name=part)
-        elif name.endswith("bias") or roles[name] == "column":
-            here.values.zero_()
-        else:
-            here.values.fill_(1.0 - getattr(owner, "offset", 0.0))  # a norm starts as the plain one
+        owner = modules[path]
+        for here in pieces(name, parameter):
+            if hasattr(owner, "initial"):
+                _fill(here, partial(owner.initial, leaf), seed=seed, name=name)
+            elif is_matrix(name, roles[name], parameter):
+                role: Role = owner.alone if isinstance(owner, GroupedLinear) else roles[name]
+                std = config.matrix_std(role, parameter.shape[-1], depth)
+                for part, values in _parts(name, owner, here):
+                    _fill(values, _normal(std), seed=seed, name=part)
+            elif name.endswith("bias") or roles[name] == "column":
+                here.values.zero_()
+            else:
+                here.values.fill_(1.0 - getattr(owner, "offset", 0.0))  # a norm starts as the plain one
 
 
 def _parts(name: str, owner: nn.Module, here: Piece) -> Iterator[tuple[str, Piece]]:

@@ -64,6 +64,8 @@ class LatentAttention(nn.Module):
     """
 
     roles = {"down": "replicate", "q_up": "column", "kv_up": "column", "out": "row"}
+    exit = "out"
+    head_counts: dict[str, tuple[str, ...]] = {"heads": ()}
 
     def __init__(self, config: LatentAttentionConfig, model_dim: int, max_length: int):
         super().__init__()
@@ -102,7 +104,7 @@ class LatentAttention(nn.Module):
         self, q_BSHN: Tensor, q_BSHR: Tensor, latent_BTC: Tensor, key_BTR: Tensor, context: AttentionContext
     ) -> Tensor:
         """Attention with keys and values of every head.  -> out_BSHV"""
-        k_BTX, v_BTX = self.kv_up(latent_BTC).split(list(self.kv_up.parts.values()), dim=-1)
+        k_BTX, v_BTX = self.kv_up(latent_BTC).split(self._expanded_sizes(), dim=-1)
         k_BTHN, v_BTHV = k_BTX.unflatten(-1, (self.heads, -1)), v_BTX.unflatten(-1, (self.heads, -1))
         key_BTHR = key_BTR[:, :, None].expand(-1, -1, self.heads, -1)
         q_BSHK, k_BTHK = torch.cat((q_BSHN, q_BSHR), dim=-1), torch.cat((k_BTHN, key_BTHR), dim=-1)
@@ -110,12 +112,16 @@ class LatentAttention(nn.Module):
 
     def absorbed(self, q_BSHN: Tensor, q_BSHR: Tensor, kept_BTM: Tensor, context: AttentionContext) -> Tensor:
         """Attention to what is kept of the tokens, [latent | shared key], as the one key head.  -> out_BSHV"""
-        weights = self.kv_up.weight.to(q_BSHN.dtype).split(list(self.kv_up.parts.values()))
+        weights = self.kv_up.weight.to(q_BSHN.dtype).split(self._expanded_sizes())
         k_up_HNC, v_up_HVC = (weight.unflatten(0, (self.heads, -1)) for weight in weights)
         q_BSHM = torch.cat((torch.einsum("bshn,hnc->bshc", q_BSHN, k_up_HNC), q_BSHR), dim=-1)
         kept_BT1M = kept_BTM[:, :, None]
         out_BSHC = attend(q_BSHM, kept_BT1M, kept_BT1M[..., : self.kv_rank], self.facts, context)
         return torch.einsum("bshc,hvc->bshv", out_BSHC, v_up_HVC)
+
+    def _expanded_sizes(self) -> list[int]:
+        """Of all heads' keys and of their values, as `kv_up` makes them."""
+        return [self.heads * self.nope_dim, self.heads * self.value_dim]
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Whether the absorbed form takes fewer FLOPs, `keys` counting the queries' own.

@@ -3,6 +3,19 @@ outside (initialisation, parallelism, optimizers) asks here.
 
 A block that uses parameters in float32, whatever the compute dtype, says `full_precision = True`: they are then never
 rounded on their way between processes.
+
+A block that has columns and rows can be cut between processes (`treadle.parallel.tensor`): each computes some of the
+columns and what follows from them, and the rows' outputs are added up. What else it has to say for that are facts of
+the class:
+
+    entry        the column `Linear` that alone reads the block's input, where there is such a one
+    exit         the row `Linear` whose output is the block's, where there is
+    head_counts  {attribute: parts of its columns}: attributes that say how many heads of a kind there are. Each
+                 process has its share of them. Where they are fewer than processes, those that have parts here (keys
+                 and values in grouped-query attention) are shared: a process has the one that its own heads need
+
+and for an object with norms whose weights differ by head `norms_of_heads`, {norm: (attribute of head_counts, over)},
+over being "all" where the heads are normed as one vector, and "own" where each is by itself.
 """
 
 from typing import Literal, cast, get_args

@@ -4,19 +4,23 @@ B batch, S sequence, E channels, W width.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    """y_s = sum_j weight_j x_s-j over the last `width` tokens of a document.  x_BSE -> y_BSE in the dtype of x"""
+    """y_s = sum_j weight_j x_s-j over the last `width` tokens of the same document.  x_BSE -> y_BSE in the dtype of x
+
+    parts: {name: size} of what is convolved side by side; None: one thing.
+    """
 
     roles = {"weight": "column"}
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, channels: int, width: int, parts: Mapping[str, int] | None = None):
         super().__init__()
-        self.width = width
+        self.parts, self.width = dict(parts or {}), width
         # Shaped as in nn.Conv1d, the last tap is the token's own: no matrix, to an optimizer that asks for matrices.
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
 

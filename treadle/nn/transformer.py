@@ -3,7 +3,6 @@
 B batch, S sequence, D model dim, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from treadle.config import Config
 from treadle.config.base import key_errors
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
 from treadle.nn.config import AbsolutePositionConfig, Buildable, LayerConfig, MultiTokenConfig, NormConfig
-from treadle.nn.init import InitConfig, NormalInitConfig, Piece, initialise
+from treadle.nn.init import InitConfig, NormalInitConfig, Pieces, initialise, whole_piece
 from treadle.nn.linear import Embedding
 from treadle.nn.norm import RMSNormConfig
 
@@ -177,9 +176,9 @@ class Transformer(nn.Module):
             tables |= attention_tables(facts, context)
         return replace(context, tables=tables)
 
-    def initialise(self, seed: int, *, piece: Callable[[Tensor], Piece] = Piece.whole) -> "Transformer":
-        """Fill all weights, or the piece of each that is here; see `treadle.nn.init`."""
-        initialise(self, self.config.init, seed=seed, depth=len(self.config.expand()), piece=piece)
+    def initialise(self, seed: int, *, pieces: Pieces = whole_piece) -> "Transformer":
+        """Fill all weights, or the pieces of each that are here; see `treadle.nn.init`."""
+        initialise(self, self.config.init, seed=seed, depth=len(self.config.expand()), pieces=pieces)
         return self
 
     @property

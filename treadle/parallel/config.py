@@ -25,6 +25,9 @@ class ParallelConfig(Config):
     )
     context: PositiveInt = Field(1, description="parts that each sequence is cut into")
     tensor: PositiveInt = Field(1, description="parts that each matrix is cut into")
+    async_tensor: bool = Field(
+        False, description="matmuls of tensor parallelism run while their inputs and outputs are sent (CUDA, one node)"
+    )
     expert: PositiveInt = Field(1, description="parts that the experts of a mixture are dealt to")
     reshard: Reshard = Field(
         "auto",
@@ -71,7 +74,6 @@ class Layout:
 MISSING = {
     "pipeline": "pipeline parallelism",
     "context": "context parallelism",
-    "tensor": "tensor parallelism",
 }
 
 

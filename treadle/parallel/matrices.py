@@ -3,6 +3,10 @@
 The matrices are dealt out: each process gets all rows of every n-th one, computes, and sends the rows of the result
 back to those who hold them. So nothing is computed twice, and nobody ever holds more than one whole matrix; what is
 sent is each matrix once there and once back, in bf16.
+
+Matrices that are cut in two directions (by tensor parallelism, and what is left of them by data) are dealt out as well,
+but each is gathered on every process, and sent to every process. Of a stack of experts each process keeps its own, and
+gathers those alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from treadle.parallel.shards import cut_like
+from treadle.parallel.shards import Parts, across, cut_like, gather, spread_like, tensor_cut
 
 Function = Callable[[int, Tensor], Tensor]
 Groups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]
@@ -29,28 +34,27 @@ class _Matrix:
     place: int = 0
 
 
-def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], function: Function) -> list[Tensor]:
+def on_whole_matrices(
+    parameters: Sequence[Tensor], values: Sequence[Tensor], parts: Sequence[Parts], function: Function
+) -> list[Tensor]:
     """`function(number, whole)` of each matrix (or stack of them), cut as its parameter is. Collective.
 
     values: bf16, each what this process holds of a tensor that is spread like the parameter; function returns bf16.
+    parts: of each parameter, as in `treadle.parallel.shards`.
     A stack that is cut between its matrices is a smaller stack; one that is cut within them is so many matrices.
     """
     results: dict[tuple[int, int], Tensor] = {}
     dealt: dict[Groups, list[_Matrix]] = {}
+    crossed: dict[DeviceMesh, list[int]] = {}
     for number, (parameter, local) in enumerate(zip(parameters, values, strict=True)):
         groups = _groups(parameter)
         if not isinstance(parameter, DTensor) or groups == (None, None):
             results[number, 0] = function(number, local)
-        elif groups is None:  # spread in more than one direction
-            spread: DTensor = DTensor.from_local(
-                local,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-            results[number, 0] = cut_like(function(number, spread.full_tensor()), parameter)
+        elif groups is None and parameter.ndim == 3 and tensor_cut(parameter) is not None:
+            whole, cut_again = across(local, parameter, parts[number])
+            results[number, 0] = cut_again(function(number, whole))
+        elif groups is None:
+            crossed.setdefault(parameter.device_mesh, []).append(number)
         elif parameter.ndim == 3 and groups[0] is not None:
             matrices = [_Matrix(number, each, parameter.shape[1:], place) for place, each in enumerate(local)]
             dealt.setdefault(groups, []).extend(matrices)
@@ -62,6 +66,11 @@ def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], fu
             chosen = matrices[start : start + round_size]
             found = _deal(chosen, groups, function)
             results |= {(m.number, m.place): result for m, result in zip(chosen, found, strict=True)}
+    for mesh, numbers in crossed.items():
+        for start in range(0, len(numbers), mesh.size()):
+            round_ = numbers[start : start + mesh.size()]
+            whole_of = _deal_crossed(round_, parameters, values, parts, mesh, function)
+            results |= {(n, 0): cut_like(whole_of[n], parameters[n], parts[n]) for n in round_}
     return [_collected(number, local, results) for number, local in enumerate(values)]
 
 
@@ -72,6 +81,41 @@ def _collected(number: int, local: Tensor, results: dict[tuple[int, int], Tensor
     return torch.stack([results[number, place] for place in range(local.shape[0])])
 
 
+def _deal_crossed(
+    numbers: list[int],
+    parameters: Sequence[Tensor],
+    values: Sequence[Tensor],
+    parts: Sequence[Parts],
+    mesh: DeviceMesh,
+    function: Function,
+) -> dict[int, Tensor]:
+    """One round: the k-th process of the mesh computes the k-th matrix. Whole results, on every process."""
+    places = [_place(k, tuple(mesh.shape)) for k in range(len(numbers))]
+    here, results = tuple(mesh.get_coordinate() or ()), dict[int, Tensor]()
+    for number, place in zip(numbers, places, strict=True):
+        whole = gather(spread_like(values[number], parameters[number]), parts[number])
+        results[number] = whole if place == here else whole.new_empty(0)
+    for number, place in zip(numbers, places, strict=True):
+        if place == here:
+            results[number] = function(number, results[number]).contiguous()
+    for number, place in zip(numbers, places, strict=True):
+        if place != here:
+            results[number] = values[number].new_empty(parameters[number].shape)
+        for dimension, source in enumerate(place):  # along a line, then from that line over a plane, and so on
+            if here[dimension + 1 :] == place[dimension + 1 :]:
+                dist.broadcast(results[number], group=mesh.get_group(dimension), group_src=source)
+    return results
+
+
+def _place(number: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where the process of this number is, in a mesh of these sizes."""
+    place = []
+    for size in reversed(sizes):
+        number, rest = divmod(number, size)
+        place.append(rest)
+    return tuple(reversed(place))
+
+
 def _groups(parameter: Tensor) -> Groups | None:
     """Who shares the rows, and who holds the same rows; (None, None) if all that is needed is here; None: otherwise."""
     if not isinstance(parameter, DTensor):
@@ -79,6 +123,8 @@ def _groups(parameter: Tensor) -> Groups | None:
     stack = parameter.ndim == 3
     rows: list[dist.ProcessGroup] = []
     copies: list[dist.ProcessGroup] = []
+    if tensor_cut(parameter) is not None:  # its rows may be stacked, or its columns be elsewhere
+        return None
     for dimension, placement in enumerate(parameter.placements):
         if parameter.device_mesh.size(dimension) == 1 or (stack and getattr(placement, "dim", None) == 0):
             continue  # nobody to share with, or a stack cut between its matrices

@@ -203,6 +203,8 @@ def open_mesh(layout: Layout, device: torch.device, *, timeout: float = 1800.0) 
         yield Mesh(device=device)
         return
     # Whole numbers and checkpoints travel through host memory, also beside GPUs.
+    if layout.tensor > 1:  # each whole tensor would be told to be gathered on one dimension of the mesh after the other
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout + MARGIN))
     yield make_mesh(world, layout, device)

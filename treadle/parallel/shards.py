@@ -2,56 +2,210 @@
 
 Everything here takes plain tensors as well, whose one piece is the whole. The only place that knows how a DTensor is
 laid out.
+
+A weight in which projections are stacked (`parts`: their row counts, whole) is cut part by part on the dimension
+"tensor", so that each process has its own heads of queries, keys and values: its rows are not one run of the whole,
+but one of each part. PyTorch knows nothing of it: to a DTensor the whole is the processes' rows end to end. For what
+is done elementwise that makes no difference; whoever means a row of the whole has to say the parts here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Shard
 
 from treadle.nn.init import Piece
+from treadle.nn.linear import GroupedLinear
 from treadle.nn.store import save_model
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
 
+Parts = Sequence[int]
+TENSOR = "tensor"  # the dimension of a mesh that matrices are cut on
 
-def piece(tensor: Tensor) -> Piece:
-    """This process's part of a tensor, as a view, with the index of its first element in the whole."""
+
+def parts_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parts of each parameter that is cut part by part, by name."""
+    modules, found = dict(model.named_modules()), {}
+    for name, parameter in model.named_parameters():
+        owner = modules[name.rpartition(".")[0]]
+        parts, stacked = getattr(owner, "parts", {}), 1 if isinstance(owner, GroupedLinear) else 0
+        if len(parts) > 1 and tensor_cut(parameter) == stacked:
+            found[name] = tuple(parts.values())
+    return found
+
+
+def tensor_cut(tensor: Tensor) -> int | None:
+    """The dimension in which a tensor is cut on the mesh's dimension "tensor"; None: it is not."""
+    if isinstance(tensor, DTensor) and TENSOR in (tensor.device_mesh.mesh_dim_names or ()):
+        placement = tensor.placements[tensor.device_mesh.mesh_dim_names.index(TENSOR)]
+        return int(placement.dim) if isinstance(placement, Shard) else None
+    return None
+
+
+def pieces(tensor: Tensor, parts: Parts = ()) -> list[Piece]:
+    """This process's part of a tensor, as views of what it holds, each one run of the whole in every dimension."""
     if not isinstance(tensor, DTensor):
-        return Piece.whole(tensor)
-    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return [Piece.whole(tensor)]
     local = tensor.to_local().detach()
-    assert tuple(local.shape) == tuple(shape), f"{tuple(local.shape)} held, {tuple(shape)} expected"
-    return Piece(local, tuple(offsets), tuple(tensor.shape))
+    offsets, shape = _place(tensor)
+    assert tuple(local.shape) == shape, f"{tuple(local.shape)} held, {shape} expected"
+    cut = tensor_cut(tensor)
+    if not parts or cut is None:
+        return [Piece(local, offsets, tuple(tensor.shape))]
+    size, rank = _size_and_rank(tensor, TENSOR)
+    first = offsets[cut] - rank * (tensor.shape[cut] // size)  # of what is here, in this process's stack
+    last, here, there, found = first + shape[cut], 0, 0, []
+    for part in parts:
+        rows = part // size
+        low, high = max(here, first), min(here + rows, last)
+        if low < high:
+            place = list(offsets)
+            place[cut] = there + rank * rows + low - here
+            found.append(Piece(local.narrow(cut, low - first, high - low), tuple(place), tuple(tensor.shape)))
+        here, there = here + rows, there + part
+    return found
 
 
-def cut_like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """The part of `whole` that `piece(tensor)` is of its own whole."""
-    part = piece(tensor)
-    for dimension, (start, size) in enumerate(zip(part.offsets, part.values.shape, strict=True)):
-        whole = whole.narrow(dimension, start if size else 0, size)
-    return whole
+def _place(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the rows that are here begin, and how many they are, in each dimension, without regard to parts.
+
+    Matrices are cut first, and what is left is shared out over the other dimensions: as `fully_shard` does it.
+    """
+    offsets, shape = [0] * tensor.ndim, list(tensor.shape)
+    names = list(tensor.device_mesh.mesh_dim_names or ())
+    order = sorted(range(len(names)), key=lambda dimension: names[dimension] != TENSOR)
+    for dimension in order:
+        placement = tensor.placements[dimension]
+        if placement.is_replicate():
+            continue
+        cut, size = int(placement.dim), tensor.device_mesh.size(dimension)  # type: ignore[attr-defined]
+        each = -(-shape[cut] // size)
+        start = min(shape[cut], tensor.device_mesh.get_local_rank(dimension) * each)
+        offsets[cut], shape[cut] = offsets[cut] + start, min(each, shape[cut] - start)
+    return tuple(offsets), tuple(shape)
+
+
+def _size_and_rank(tensor: DTensor, name: str) -> tuple[int, int]:
+    dimension = (tensor.device_mesh.mesh_dim_names or ()).index(name)
+    return tensor.device_mesh.size(dimension), tensor.device_mesh.get_local_rank(dimension)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, as a view without a gradient: for what is done elementwise."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def spread_like(values: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor of which `values` are what this process holds, where it is spread as `tensor` is."""
+    if not isinstance(tensor, DTensor):
+        return values
+    place = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(values, tensor.device_mesh, tensor.placements, run_check=False, **place)
+
+
+def cut_like(whole: Tensor, tensor: Tensor, parts: Parts = ()) -> Tensor:
+    """The part of `whole` that this process holds of `tensor`, in the order in which it holds it."""
+    found = []
+    for here in pieces(tensor, parts):
+        chosen = whole
+        for dimension, (start, size) in enumerate(zip(here.offsets, here.values.shape, strict=True)):
+            chosen = chosen.narrow(dimension, start if size else 0, size)
+        found.append(chosen)
+    return torch.cat(found, tensor_cut(tensor) or 0) if found else whole.new_empty(local(tensor).shape)
 
 
 @torch.no_grad()
-def copy_whole(tensor: Tensor, whole: Tensor) -> None:
+def copy_whole(tensor: Tensor, whole: Tensor, parts: Parts = ()) -> None:
     """Fill a tensor, of which this process may hold a part only, from all of its values."""
-    piece(tensor).values.copy_(cut_like(whole, tensor))
+    local(tensor).copy_(cut_like(whole, tensor, parts))
 
 
-def gather(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor, parts: Parts = ()) -> Tensor:
     """The whole tensor, on every process; all of them have to call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole, cut = tensor.full_tensor(), tensor_cut(tensor)
+    if not parts or cut is None:
+        return whole
+    return _in_order(whole, cut, _size_and_rank(tensor, TENSOR)[0], parts)
+
+
+def _in_order(stacks: Tensor, cut: int, size: int, parts: Parts) -> Tensor:
+    """The rows of the whole, from the processes' stacks end to end."""
+    each = stacks.unflatten(cut, (size, -1)).split([part // size for part in parts], dim=cut + 1)
+    return torch.cat([stack.flatten(cut, cut + 1) for stack in each], cut)
+
+
+def across(values: Tensor, tensor: Tensor, parts: Parts = ()) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Gathered on the mesh's dimension "tensor" alone; and what cuts such a tensor again.
+
+    values: what this process holds of a tensor that is spread as `tensor` is, which is cut there.
+    """
+    assert isinstance(tensor, DTensor)
+    cut, (size, rank) = tensor_cut(tensor), _size_and_rank(tensor, TENSOR)
+    assert cut is not None
+    group = tensor.device_mesh.get_group((tensor.device_mesh.mesh_dim_names or ()).index(TENSOR))
+    everyone = [torch.empty_like(values) for _ in range(size)]
+    dist.all_gather(everyone, values.contiguous(), group=group)
+    stacked = list(parts) or [tensor.shape[cut]]
+
+    def cut_again(whole: Tensor) -> Tensor:
+        return torch.cat([part.chunk(size, cut)[rank] for part in whole.split(stacked, cut)], cut)
+
+    return _in_order(torch.cat(everyone, cut), cut, size, stacked), cut_again
+
+
+class Spread:
+    """A tensor that is here in several pieces, as PyTorch's checkpoints want to be told: a checkpoint has the whole."""
+
+    def __init__(self, here: list[Piece], shape: torch.Size, like: Tensor):
+        self._values = {piece.offsets: piece.values for piece in here}
+        self._shape, self._properties = shape, TensorProperties.create_from_tensor(like)
+
+    def size(self) -> torch.Size:
+        return self._shape
+
+    def __create_write_items__(self, name: str, object: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=self._properties, size=self._shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=values.shape)
+            for offsets, values in self._values.items()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self._values[tuple(index.offset)]
+
+
+def checkpointed(tensor: Tensor, parts: Parts = ()) -> Any:
+    """What is handed to PyTorch's checkpoints in the place of a tensor, to be written, or filled in place."""
+    if not parts or tensor_cut(tensor) is None:
+        return tensor
+    return Spread(pieces(tensor, parts), tensor.shape, local(tensor))
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Each parameter by name, whole, one at a time; all processes have to go through it."""
+    parts = parts_of(model)
     for name, parameter in model.named_parameters():
-        yield name, gather(parameter.detach())
+        yield name, gather(parameter.detach(), parts.get(name, ()))
 
 
 def save_whole(model: Transformer, folder: Path, mesh: Mesh) -> Path:

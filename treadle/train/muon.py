@@ -5,14 +5,13 @@ R rows, C columns of a weight matrix; an expert weight is a stack of matrices, o
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from treadle.parallel.matrices import on_whole_matrices
-from treadle.parallel.shards import piece
+from treadle.parallel.shards import local, pieces, spread_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a quintic whose steep slope at 0 lifts small singular values fast
 
@@ -55,7 +54,8 @@ class Muon(torch.optim.Optimizer):
             pieces = whole_RC.split(_parts(group, whole_RC), -2)
             return torch.cat([orthogonalise(piece_RC, group["iterations"]) for piece_RC in pieces], -2)
 
-        directions = on_whole_matrices([parameter for parameter, _ in stepped], updates, orthogonal)
+        parts = [group["parts"] for _, group in stepped]
+        directions = on_whole_matrices([parameter for parameter, _ in stepped], updates, parts, orthogonal)
         for (parameter, group), direction in zip(stepped, directions, strict=True):
             self._move(parameter, direction, group)
 
@@ -65,20 +65,21 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        grad_RC = piece(parameter.grad).values
-        momentum_RC = piece(state["momentum"]).values.lerp_(grad_RC, 1 - group["momentum"])
+        grad_RC = local(parameter.grad)
+        momentum_RC = local(state["momentum"]).lerp_(grad_RC, 1 - group["momentum"])
         return (grad_RC.lerp(momentum_RC, group["momentum"]) if group["nesterov"] else momentum_RC).bfloat16()
 
     def _move(self, parameter: Tensor, direction_RC: Tensor, group: dict[str, Any]) -> None:
-        here, start = piece(parameter), 0
-        here.values.mul_(1 - group["lr"] * group["weight_decay"])
-        direction = replace(here, values=direction_RC)
-        for rows in _parts(group, parameter):
-            # 0.2 sqrt(max(R, C)) gives the update the root mean square of a typical AdamW step.
-            scale = 0.2 * math.sqrt(max(rows, parameter.shape[-1]))
-            target, moved = (p.within(start, start + rows, parameter.ndim - 2).values for p in (here, direction))
-            target.add_(moved.to(target.dtype), alpha=-group["lr"] * scale)
-            start += rows
+        local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
+        spread = spread_like(direction_RC, parameter)
+        for here, direction in zip(pieces(parameter, group["parts"]), pieces(spread, group["parts"]), strict=True):
+            start = 0
+            for rows in _parts(group, parameter):
+                # 0.2 sqrt(max(R, C)) gives the update the root mean square of a typical AdamW step.
+                scale = 0.2 * math.sqrt(max(rows, parameter.shape[-1]))
+                target, moved = (p.within(start, start + rows, parameter.ndim - 2).values for p in (here, direction))
+                target.add_(moved.to(target.dtype), alpha=-group["lr"] * scale)
+                start += rows
 
 
 def _parts(group: dict[str, Any], whole_RC: Tensor) -> list[int]:

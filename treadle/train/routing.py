@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from treadle.nn.moe import MoE, Observation
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.shards import cut_like, piece
+from treadle.parallel.shards import cut_like, local
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def observed(
     found, loads, mesh = mixtures(model), dict[str, Load](), mesh or Mesh()
     for module in found.values():
         device = model.device
-        scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device) / positions
+        # Where a mixture is cut between processes, each of them adds its losses, which are those of all its experts.
+        scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=device) / (positions * mesh.layout.tensor)
         record_R = torch.zeros(module.experts + 3, device=device, requires_grad=True)
         module.observation = Observation(scale, record_R)
     try:
@@ -113,4 +114,4 @@ def balance(model: nn.Module, loads: dict[str, Load]) -> None:
         if bias is not None and rate is not None and name in loads:
             counts_E = loads[name].counts_E
             move_E = torch.sign(counts_E.mean() - counts_E).to(bias.device)
-            piece(bias).values.add_(cut_like(move_E, bias), alpha=rate)
+            local(bias).add_(cut_like(move_E, bias), alpha=rate)

@@ -11,7 +11,8 @@ from treadle.parallel.config import ParallelConfig
 from treadle.parallel.data import shard_data
 from treadle.parallel.expert import distribute_experts
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.shards import piece
+from treadle.parallel.shards import parts_of, pieces
+from treadle.parallel.tensor import shard_tensor
 from treadle.train.config import Precision, TrainingConfig
 from treadle.train.optimizers import OptimizerConfig
 from treadle.train.state import TrainState
@@ -47,6 +48,7 @@ def build_model(
     mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
     model = build_meta(config)
     model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
+    shard_tensor(model, mesh, parallel)
     travelling = distribute_experts(model, mesh)
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
         apply_activation_checkpointing(layers, training.activation_checkpointing)
@@ -54,7 +56,8 @@ def build_model(
             compile_layers(layers, apart=travelling)
     shard_data(model, mesh, parallel)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device)
-    return model.initialise(seed, piece=piece)
+    parts = parts_of(model)
+    return model.initialise(seed, pieces=lambda name, parameter: pieces(parameter, parts.get(name, ())))
 
 
 def build_state(model: Transformer, optimizer: OptimizerConfig, training: TrainingConfig) -> TrainState:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from treadle.nn.transformer import Transformer
+from treadle.parallel.shards import checkpointed, parts_of
 from treadle.train.optimizers import Optimizers
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -31,17 +32,25 @@ class TrainState:
 
     def tensors(self) -> dict[str, Any]:
         """The state as nested tensors, aliasing the live ones (parameters by name, shared ones once)."""
-        optimizer = get_optimizer_state_dict(self.model, self.optimizers.optimizers, options=_FLAT)
+        optimizer, parts = self._optimizer(), parts_of(self.model)
         return {
-            "model": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
-            "optimizer": {key: value for key, value in optimizer.items() if isinstance(value, Tensor)},
+            "model": {n: checkpointed(p.detach(), parts.get(n, ())) for n, p in self.model.named_parameters()},
+            # Keys are "state.<parameter>.<quantity>".
+            "optimizer": {
+                key: checkpointed(value, parts.get(key.removeprefix("state.").rpartition(".")[0], ()))
+                for key, value in optimizer.items()
+                if isinstance(value, Tensor)
+            },
         }
 
     def restore(self, tensors: dict[str, Any]) -> None:
-        """Take over what a checkpoint held. Parameters were loaded in place; the rest is set here."""
-        live = get_optimizer_state_dict(self.model, self.optimizers.optimizers, options=_FLAT)
-        live.update(tensors["optimizer"])
+        """Take over what a checkpoint held. Tensors were loaded in place; numbers that a tensor holds are set here."""
+        live = self._optimizer()
+        live.update({key: value for key, value in tensors["optimizer"].items() if isinstance(value, Tensor)})
         set_optimizer_state_dict(self.model, self.optimizers.optimizers, live, options=_FLAT)
+
+    def _optimizer(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.optimizers.optimizers, options=_FLAT)
 
     def facts(self) -> dict[str, Any]:
         """The state's plain numbers, and the generators' states as text."""
