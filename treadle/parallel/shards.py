@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
@@ -192,6 +194,25 @@ class Spread:
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         return self._values[tuple(index.offset)]
+
+
+class SavePlanner(DefaultSavePlanner):
+    """PyTorch's, which looks for the pieces of tensors only."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict.get(index.fqn)
+        return found.__get_tensor_shard__(index) if isinstance(found, Spread) else super().lookup_object(index)
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        flat, _ = flatten_state_dict(state_dict)
+        super().set_up_planner(state_dict, metadata, is_coordinator)  # drops what it does not know
+        self.state_dict |= {key: value for key, value in flat.items() if isinstance(value, Spread)}
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        found = self.state_dict.get(index.fqn)
+        return found.__get_tensor_shard__(index) if isinstance(found, Spread) else super().lookup_tensor(index)
 
 
 def checkpointed(tensor: Tensor, parts: Parts = ()) -> Any:

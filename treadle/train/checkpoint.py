@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from treadle.errors import CheckpointError
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import LoadPlanner, SavePlanner
 from treadle.train.config import CheckpointConfig
 from treadle.train.state import TrainState
 
@@ -128,7 +129,7 @@ class Checkpointer:
     def load_tensors(self, tensors: dict[str, Any], step: int) -> None:
         """Fill some of a checkpoint's tensors, in place. Raises CheckpointError naming what does not fit."""
         try:
-            dcp.load(tensors, checkpoint_id=str(self.path(step)), no_dist=not self.mesh.distributed)
+            dcp.load(tensors, checkpoint_id=str(self.path(step)), no_dist=not self.mesh.distributed, planner=LoadPlanner())
         except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
             raise CheckpointError(f"{self.path(step)}: cannot be loaded: {_root_cause(error)}") from error
 
@@ -142,6 +143,7 @@ class Checkpointer:
             "checkpoint_id": str(temporary),
             "no_dist": not self.mesh.distributed,
             "process_group": self.mesh.background,
+            "planner": SavePlanner(),
         }
         done: Future[Any] = Future()
         refused = self.mesh.leaders(lambda: self._begin(temporary))
