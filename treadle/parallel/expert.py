@@ -80,9 +80,10 @@ class _Here:
 
 @dataclass
 class Flight:
-    """Rows under way, and what is needed to bring their gradients back. leaving, arriving: how many to and from each process of the group.
+    """Rows under way; in the backward their gradients fly the other way.
 
-    buffer: the rows as they arrive. work: what to wait for. In the backward their gradients fly the other way.
+    leaving, arriving: how many to and from each process of the group. work: what to wait for. buffer: the gradients as
+    they arrive.
     """
 
     group: dist.ProcessGroup
