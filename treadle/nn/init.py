@@ -92,9 +92,7 @@ def whole_piece(name: str, parameter: Tensor) -> Sequence[Piece]:
 
 
 @torch.no_grad()
-def initialise(
-    model: nn.Module, config: InitConfig, *, seed: int, depth: int, pieces: Pieces = whole_piece
-) -> None:
+def initialise(model: nn.Module, config: InitConfig, *, seed: int, depth: int, pieces: Pieces = whole_piece) -> None:
     """Fill every parameter in place, on whatever device it is. pieces: what is here of a parameter, by its name."""
     roles = parameter_roles(model)
     modules = dict(model.named_modules())
