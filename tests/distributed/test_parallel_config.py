@@ -27,13 +27,13 @@ def test_what_is_left_is_sharded():
         (8, {"shard": 3}, r"shard=3 is 3, but there are 8 processes; set parallel\.shard: 8 \(or null\)"),
         (1, {"replicate": 2}, r"replicate=2 is 2, but there are 1 processes"),
         (3, {}, r"training\.batch_size: 8 rows cannot be shared out equally to replicate x shard = 3; try 6, 9"),
-        (3, {"tensor": 3}, r"parallel\.tensor: 3 does not divide heads=4; try 1, 2, 4"),
-        (4, {"tensor": 4}, r"parallel\.tensor: 4 does not divide kv_heads=2; try 1, 2"),
+        (3, {"tensor": 3}, r"parallel\.tensor: 3 does not divide layers\.0\.mixer\.heads=4; .* fits 1, 2, 4$"),
+        (2, {"tensor": 2, "model": "odd"}, r"parallel\.tensor: 2 does not divide vocab_size=61; .* fits 1$"),
+        (1, {"async_tensor": True}, r"parallel\.async_tensor: there is nothing to be sent"),
         (4, {"expert": 4, "model": "moe"}, r"parallel\.expert: 4 does not divide experts=6; try 1, 2"),
         (2, {"expert": 6, "model": "moe"}, r"parallel\.expert: 6 does not divide shard x context = 2; try 1, 2"),
         (4, {"pipeline": 4}, r"parallel\.pipeline: 4 is more than the model's 2 layers"),
         (1, {"cpu_offload": True}, r"parallel\.cpu_offload: it needs at least two processes"),
-        (2, {"tensor": 2}, r"parallel\.tensor: 2, but there is no tensor parallelism yet"),
         (2, {"pipeline": 2}, r"parallel\.pipeline: 2, but there is no pipeline parallelism yet"),
         (2, {"context": 2}, r"parallel\.context: 2, but there is no context parallelism yet"),
     ],
@@ -68,8 +68,20 @@ def test_a_device_for_each_process():
         find_device("cuda", World(0, 2))
 
 
+def test_fewer_key_value_heads_than_processes_are_shared():
+    assert check(4, tensor=4).tensor == 4
+    with pytest.raises(ConfigError, match=r"feedforward\.gate_up\.weight gate=20; the whole model fits 1, 2, 4$"):
+        narrow = spec([layer({**ATTENTION, "heads": 8, "kv_heads": 4}, {"kind": "gated", "dim": 20})])
+        check_layout(ParallelConfig(tensor=8), 8, narrow, 8)
+
+
+def test_length():
+    with pytest.raises(ConfigError, match=r"sequence_length: 15 tokens cannot be shared .*tensor=2; try 14, 16"):
+        check_layout(ParallelConfig(tensor=2), 2, MODELS["plain"], 8, 15)
+
+
 def test_sizes_are_found_in_every_layer():
-    with pytest.raises(ConfigError, match=r"3 does not divide heads=2"):
+    with pytest.raises(ConfigError, match=r"3 neither divides nor is a multiple of layers\.2\.mixer\.heads=2"):
         check_layout(
             ParallelConfig(tensor=3),
             3,

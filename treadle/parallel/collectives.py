@@ -146,17 +146,31 @@ class _LinearScatter(autograd.Function):
         return dx_SBI, dy_SBO.flatten(0, 1).t() @ x_SBI.flatten(0, 1), None
 
 
-class Gathered(autograd.Function):
-    """All processes' parts of the last dimension, for what each of them then does alike.
+# Around the layers all processes have the same tensors and do the same with them. There a gradient is the same on all
+# of them too, and not a part of a sum: these two lead into such a place, and out of it.
 
-    So its gradient is the same on all of them, and each takes its part of it, where `gather` would sum.
-    """
+
+class Gathered(autograd.Function):
+    """All processes' parts of a dimension. Backward: each takes its part of the gradient, where `gather` would sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, peers: Peers) -> Tensor:
+        ctx.dim, ctx.peers = dim, peers
+        return gather(x, dim, peers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return ctx.peers.share(grads[0], ctx.dim), None, None
+
+
+class Copied(autograd.Function):
+    """x itself, for what each process then does differently. Backward: gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:
         ctx.peers = peers
-        return gather(x, x.ndim - 1, peers)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return ctx.peers.share(grads[0], grads[0].ndim - 1), None
+        return funcol.wait_tensor(funcol.all_reduce(grads[0].contiguous(), "sum", ctx.peers.name)), None

@@ -11,6 +11,7 @@ from treadle.config import Config
 from treadle.errors import ConfigError
 from treadle.nn.moe import MoEConfig
 from treadle.nn.transformer import TransformerConfig
+from treadle.parallel.fits import misfit
 
 Reshard = Literal["auto", "after_forward", "never"]
 
@@ -77,13 +78,20 @@ MISSING = {
 }
 
 
-def check_layout(config: ParallelConfig, world: int, model: TransformerConfig, batch_size: int) -> Layout:
-    """The layout for `world` processes, if model and batch can be cut like this.
+def check_layout(
+    config: ParallelConfig, world: int, model: TransformerConfig, batch_size: int, length: int | None = None
+) -> Layout:
+    """The layout for `world` processes, if model and batch, of rows of `length` tokens, can be cut like this.
 
     Needs no process group. Raises one ConfigError with everything that does not fit, each with its nearest fix.
     """
     layout = config.layout(world)
     problems = list(_problems(config, layout, model, batch_size))
+    if length is not None and length % layout.tensor:
+        below = length // layout.tensor * layout.tensor
+        fits = ", ".join(str(n) for n in (below, below + layout.tensor) if n)
+        message = f"{length} tokens cannot be shared out equally to parallel.tensor={layout.tensor}; try {fits}"
+        problems.append(("training.sequence_length", message))
     if problems:
         raise ConfigError("\n".join(f"{key}: {message}" for key, message in problems))
     return layout
@@ -92,10 +100,13 @@ def check_layout(config: ParallelConfig, world: int, model: TransformerConfig, b
 def _problems(
     config: ParallelConfig, layout: Layout, model: TransformerConfig, batch_size: int
 ) -> Iterator[tuple[str, str]]:
-    for key, size in _divided(model, "heads", "kv_heads", "value_heads"):
-        if size % layout.tensor:
-            yield "parallel.tensor", f"{layout.tensor} does not divide {key}={size}; try {choices(size)}"
-            break
+    if layout.tensor > 1 and (found := misfit(model, layout.tensor)):
+        size, fits = found
+        what = "neither divides nor is a multiple of" if size.shareable else "does not divide"
+        shown = ", ".join(map(str, fits))
+        yield "parallel.tensor", f"{layout.tensor} {what} {size.name}={size.count}; the whole model fits {shown}"
+    if config.async_tensor and layout.tensor == 1:
+        yield "parallel.async_tensor", "there is nothing to be sent with parallel.tensor=1; leave it out"
     yield from _expert_problems(layout, model)
     layers = len(model.expand())
     if layout.pipeline > layers:

@@ -17,6 +17,7 @@ from treadle.attention import AttentionContext
 from treadle.nn.norm import LayerNorm, RMSNorm
 from treadle.parallel.collectives import (
     SEQUENCE,
+    Copied,
     Gathered,
     Peers,
     enter,
@@ -89,11 +90,11 @@ class CutHead(Cut):
     _scaled: Callable[[Tensor], Tensor]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        logits_BSV = super().forward(enter(x_BSD, self.peers))  # type: ignore[misc]
-        return Gathered.apply(logits_BSV, self.peers)  # type: ignore[no-any-return]
+        logits_BSV = super().forward(Copied.apply(x_BSD, self.peers))  # type: ignore[misc]
+        return Gathered.apply(logits_BSV, logits_BSV.ndim - 1, self.peers)  # type: ignore[no-any-return]
 
     def penalised_cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float) -> tuple[Tensor, Tensor]:
-        tokens_TD, targets_T = self._scaled(enter(x_BSD, self.peers)).flatten(0, 1), targets_BS.flatten()
+        tokens_TD, targets_T = self._scaled(Copied.apply(x_BSD, self.peers)).flatten(0, 1), targets_BS.flatten()
         options: dict[str, Any] = {"softcap": self.softcap, "z_loss": z_loss}
         return vocabulary_cross_entropy(tokens_TD, self.weight, targets_T, self.peers, **options)
 
@@ -107,7 +108,13 @@ class CutPosition(Cut):
         return super().forward(positions_BS, dtype)  # type: ignore[misc,no-any-return]
 
 
+def whole_sequence(x_BSD: Tensor, peers: Peers) -> Tensor:
+    return Gathered.apply(x_BSD, SEQUENCE, peers) if peers.cut else x_BSD  # type: ignore[no-any-return]
+
+
 class CutTransformer(Cut):
+    """What comes out of it is whole, and the same on all processes: losses need not know how it was made."""
+
     def hidden(self, tokens_BS: Tensor, context: AttentionContext | None = None) -> Tensor:
         peers, length = self.peers, tokens_BS.shape[1]
         peers.cut = length % peers.size == 0 and (context is None or context.cache is None)
@@ -116,7 +123,7 @@ class CutTransformer(Cut):
                 f"{peers.size} processes cannot share sequences of {length} tokens, and with a gradient they have to; "
                 f"use multiples of parallel.tensor={peers.size}, and no cache"
             )
-        return super().hidden(tokens_BS, context)  # type: ignore[misc,no-any-return]
+        return whole_sequence(super().hidden(tokens_BS, context), peers)  # type: ignore[misc]
 
 
 class CutMultiToken(Cut):
@@ -126,12 +133,17 @@ class CutMultiToken(Cut):
     def forward(
         self, x_BSD: Tensor, tokens_BS: Tensor, context: AttentionContext, embed: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
+        peers = self.peers
+        if not peers.cut:
+            return super().forward(x_BSD, tokens_BS, context, embed)  # type: ignore[misc,no-any-return]
+
         def placed(tokens_BS: Tensor) -> Tensor:
-            here_BSD, peers = embed(tokens_BS), self.peers
+            here_BSD = embed(tokens_BS)
             before, length = peers.rank * here_BSD.shape[1], here_BSD.shape[1] * peers.size
             return F.pad(here_BSD, (0, 0, before, length - before - here_BSD.shape[1]))
 
-        return super().forward(x_BSD, tokens_BS, context, placed if self.peers.cut else embed)  # type: ignore[misc,no-any-return]
+        found = super().forward(peers.share(x_BSD, SEQUENCE), tokens_BS, context, placed)  # type: ignore[misc]
+        return [whole_sequence(further_BSD, peers) for further_BSD in found]
 
 
 class CutMultiTokenModule(Cut):

@@ -15,7 +15,6 @@ of every replicated parameter is a sum over the processes, without an exception.
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,14 +31,15 @@ from treadle.nn.transformer import Transformer
 from treadle.parallel import cut_modules as cut
 from treadle.parallel.collectives import Peers, gather, not_fused_because
 from treadle.parallel.config import ParallelConfig
+from treadle.parallel.fits import blocks
 from treadle.parallel.mesh import Mesh
 
 
 def shard_tensor(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
     """Cut a model on the meta device between the processes of `mesh.tensor`. A no-op where that is one process.
 
-    Raises ConfigError where `async_tensor` asks for what this machine or this model cannot do, and ValueError for a
-    block that cannot be cut: its roles do not add up, or a size does not divide.
+    Raises ConfigError where a size does not divide (`check_layout` says so before), or `async_tensor` asks for what
+    this machine or this model cannot do; ValueError for a block whose facts do not add up.
     """
     if mesh.tensor is None:
         return
@@ -85,7 +85,7 @@ def _sites(model: Transformer, peers: Peers) -> dict[str, Site]:
         sites["multi_token"].form = cut.CutMultiToken
         for key in model.multi_token.layers:
             sites[f"multi_token.layers.{key}"].form = cut.CutMultiTokenModule
-    for path, block in _blocks(model):
+    for path, block in blocks(model):
         counts = _divide_heads(path, block, peers)
         for inner, _ in block.named_modules():
             site = sites[f"{path}.{inner}".removesuffix(".")]
@@ -98,18 +98,6 @@ def _sites(model: Transformer, peers: Peers) -> dict[str, Site]:
                 site.heads = counts.get(attribute, peers.size)
                 site.form = cut.wide_norm(norm) if over == "all" else None
     return sites
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those that are cut: the outermost ones that have columns and rows."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        roles = set(getattr(module, "roles", {}).values())
-        if any(path.startswith(f"{outer}.") for outer in found):
-            continue
-        if roles & {"column", "expert"} and roles & {"row", "expert"}:
-            found.append(path)
-            yield path, module
 
 
 def _divide_heads(path: str, block: Any, peers: Peers) -> dict[str, int]:
@@ -230,7 +218,8 @@ def _spread(name: str, parameter: nn.Parameter, placement: Placement, mesh: Devi
     shape = list(parameter.shape)
     if isinstance(placement, Shard):
         if shape[placement.dim] % mesh.size():
-            raise ValueError(f"{name}: {mesh.size()} processes cannot share {shape[placement.dim]} equally")
+            message = f"{mesh.size()} processes cannot share {name} equally, {shape[placement.dim]} are given out"
+            raise ConfigError(f"parallel.tensor: {message}")
         shape[placement.dim] //= mesh.size()
     here = parameter.new_empty(shape)
     whole = {"shape": parameter.shape, "stride": parameter.stride()}

@@ -129,7 +129,9 @@ class Checkpointer:
     def load_tensors(self, tensors: dict[str, Any], step: int) -> None:
         """Fill some of a checkpoint's tensors, in place. Raises CheckpointError naming what does not fit."""
         try:
-            dcp.load(tensors, checkpoint_id=str(self.path(step)), no_dist=not self.mesh.distributed, planner=LoadPlanner())
+            dcp.load(
+                tensors, checkpoint_id=str(self.path(step)), no_dist=not self.mesh.distributed, planner=LoadPlanner()
+            )
         except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
             raise CheckpointError(f"{self.path(step)}: cannot be loaded: {_root_cause(error)}") from error
 
