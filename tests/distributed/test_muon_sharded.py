@@ -42,6 +42,8 @@ def steps_on_ranks(model: str, sizes: dict[str, int]) -> dict[str, torch.Tensor]
     [
         ("plain", 2, {}),
         ("odd", 3, {}),
+        ("latent", 2, {}),
+        ("further", 2, {}),
         ("moe", 4, {"replicate": 2}),
         ("moe", 2, {"replicate": 2}),
         ("latent", 4, {"replicate": 2}),

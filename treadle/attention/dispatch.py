@@ -5,6 +5,7 @@
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from treadle.attention import flash, flex, reference, sdpa
@@ -51,17 +52,21 @@ def choose(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext, val
     return context.backend
 
 
-def tables(facts: AttentionFacts, context: AttentionContext) -> dict[str, tuple[Tensor, ...]]:
-    """What layers of these facts share of a context, by key; nothing where no backend that may be used wants any.
+def tables(
+    facts: AttentionFacts, head_dims: tuple[int, int], dtype: torch.dtype, context: AttentionContext
+) -> dict[str, tuple[Tensor, ...]]:
+    """What layers of these facts share of a context, by key; nothing where the context has it, or no backend wants it.
 
     For flex, the chunks to visit. They are made here, outside of the layers: once for all of them, and as inputs of a
     compiled layer, whose backward reads wild addresses where it has to compute them again (torch 2.11 on CUDA).
+    head_dims: of a key and of a value. dtype: of the queries.
     """
-    S = context.positions_BS.shape[1]
-    wanted = context.backend == "flex" or (
-        context.backend == "auto" and (facts.softcap is not None or not sdpa.is_plain(S, facts, context))
-    )
-    if not wanted or context.cache is not None or context.positions_BS.device.type != "cuda":
+    device = context.positions_BS.device
+    unwanted = context.cache is not None or device.type != "cuda" or context.backend not in ("auto", "flex")
+    if unwanted or flex.key(facts) in context.tables:
+        return {}
+    q_BSHK = torch.empty((), dtype=dtype, device=device).expand(*context.positions_BS.shape, 1, head_dims[0])
+    if choose(q_BSHK, facts, context, head_dims[1]) != "flex":
         return {}
     return {flex.key(facts): flex.tables(facts, context)}
 

@@ -69,6 +69,7 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_dim = config.head_dim or model_dim // config.heads
+        self.head_dims = (self.head_dim, self.head_dim)
         self.facts = AttentionFacts(
             scale=config.scale,
             window=config.window,

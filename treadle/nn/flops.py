@@ -21,7 +21,8 @@ def parameter_count(model: nn.Module) -> int:
 def active_parameter_count(model: nn.Module) -> int:
     """Parameters that one token meets: of a mixture's experts only as many as are chosen."""
     grouped = [module for module in model.modules() if isinstance(module, GroupedLinear)]
-    return parameter_count(model) - sum(m.weight.numel() - m.active_elements() for m in grouped)
+    idle = sum((m.experts - m.active) * (p.numel() // m.experts) for m in grouped for p in m.parameters(recurse=False))
+    return parameter_count(model) - idle
 
 
 def forward_flops(model: nn.Module, length: float) -> float:

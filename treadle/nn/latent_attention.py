@@ -72,6 +72,7 @@ class LatentAttention(nn.Module):
         self.heads, self.q_rank, self.kv_rank = config.heads, config.q_rank or 0, config.kv_rank
         self.nope_dim, self.rope_dim, self.value_dim = config.nope_dim, config.rope_dim, config.value_dim
         head_dim = self.nope_dim + self.rope_dim
+        self.head_dims = (head_dim, self.value_dim)
         # The scale is explicit, as the absorbed form has heads of another size.
         self.facts = AttentionFacts(scale=config.scale or head_dim**-0.5, window=config.window, softcap=config.softcap)
         parts = {"q": self.q_rank} if self.q_rank else {}

@@ -61,7 +61,7 @@ class GroupedLinear(nn.Module):
         implementation: Implementation = "auto",
     ):
         super().__init__()
-        self.active, self.alone, self.implementation = active, alone, implementation
+        self.experts, self.active, self.alone, self.implementation = experts, active, alone, implementation
         self.parts: dict[str, int] = {name: outputs // len(parts) for name in parts}
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
@@ -83,7 +83,8 @@ class GroupedLinear(nn.Module):
         return y_NO + F.pad(bias_EO.to(x_NI.dtype), (0, 0, 0, 1))[expert_N]
 
     def active_elements(self) -> int:
-        return self.weight.numel() // self.weight.shape[0] * self.active
+        """Of the matrices, without biases: what a token is multiplied with."""
+        return self.weight.numel() // self.experts * self.active
 
     def extra_repr(self) -> str:
         experts, outputs, inputs = self.weight.shape

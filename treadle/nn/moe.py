@@ -81,6 +81,7 @@ class MoE(nn.Module):
     """Sum of the chosen experts' outputs by their weights, plus the shared one's.  x_BSD -> y_BSD"""
 
     roles = {"gate_up": "expert", "down": "expert", "shared_gate": "replicate"}
+    scorers = ("shared_gate",)
 
     def __init__(self, config: MoEConfig, model_dim: int):
         super().__init__()

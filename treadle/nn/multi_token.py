@@ -77,7 +77,8 @@ class SequentialModule(nn.Module):
     The order of the two is that of the released weights (`eh_proj`); the paper writes the other.
     """
 
-    roles = {"project": "row"}  # its output is the residual stream of the layer
+    # Its output is the layer's residual stream itself: nothing that is added to one, as a `row` is, which starts small.
+    roles = {"project": "replicate"}
 
     def __init__(self, layer: LayerConfig, norm: NormConfig, dim: int, max_length: int):
         super().__init__()

@@ -21,7 +21,10 @@ class RMSNormConfig(NormConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32 but for the weight, which has x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32, of a weight that has x's dtype.  x_..D -> y_..D
+
+    With an offset the factor stays in float32, as Gemma's: rounded to bf16, a weight near zero would lose its digits.
+    """
 
     roles = {"weight": "norm"}
 
@@ -31,7 +34,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full(_shape(dim, heads), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = (self.weight if self.offset == 0.0 else self.weight + self.offset).to(x.dtype)
+        if self.offset == 0.0:
+            return self._norm(x, self.weight.to(x.dtype))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self._norm(x.to(wide), self.weight.to(x.dtype).to(wide) + self.offset).to(x.dtype)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 2:
             return F.rms_norm(x, weight.shape[1:], None, self.eps) * weight
         return F.rms_norm(x, weight.shape, weight, self.eps)

@@ -16,6 +16,9 @@ the class:
 
 and for an object with norms whose weights differ by head `norms_of_heads`, {norm: (attribute of head_counts, over)},
 over being "all" where the heads are normed as one vector, and "own" where each is by itself.
+
+A block whose children score choices, such as a router's gate, names them in `scorers`: their rows, like those of a
+head, are vectors with a meaning of their own, and no part of a map between features.
 """
 
 from typing import Literal, cast, get_args
@@ -33,7 +36,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     modules = dict(model.named_modules())
     for name, _ in model.named_parameters():
-        roles[name] = _role(name, modules)
+        roles[name] = _namer(name, modules)[0]
     return roles
 
 
@@ -42,15 +45,27 @@ def is_matrix(name: str, role: Role, parameter: nn.Parameter) -> bool:
     return role != "norm" and not name.endswith("bias") and parameter.ndim == (3 if role == "expert" else 2)
 
 
-def _role(name: str, modules: dict[str, nn.Module]) -> Role:
-    """Walk up from the parameter: the nearest block that names the child on the path decides."""
+def feature_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices, alone or one for each expert, that map features to features: no table, head or score."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name, parameter in model.named_parameters():
+        role, block, child = _namer(name, modules)
+        scores = child in getattr(block, "scorers", ())
+        if role != "vocab" and not scores and is_matrix(name, role, parameter):
+            found[name] = parameter
+    return found
+
+
+def _namer(name: str, modules: dict[str, nn.Module]) -> tuple[Role, nn.Module, str]:
+    """A parameter's role, the block that names it, and what it names: walking up, the nearest decides."""
     path, child = name.rpartition(".")[::2]
     while True:
         role = getattr(modules[path], "roles", {}).get(child)
         if role is not None:
             if role not in get_args(Role):
                 raise ValueError(f"{path}: role '{role}' of '{child}' is unknown; known: {', '.join(get_args(Role))}")
-            return cast(Role, role)
+            return cast(Role, role), modules[path], child
         if not path:
             raise ValueError(f"parameter {name} has no role: add it to `roles` of the block that owns it")
         path, child = path.rpartition(".")[::2]

@@ -81,6 +81,7 @@ class TopKRouter(nn.Module):
     """
 
     roles = {"gate": "replicate", "balance_bias": "replicate"}
+    scorers = ("gate",)
     full_precision = True
 
     def __init__(self, config: TopKRouterConfig, dim: int, experts: int, top_k: int, *, biased: bool):

@@ -111,6 +111,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = torch.float32
         self.compute_device: torch.device | None = None
+        self._shared: tuple[list[nn.Module], list[Any], list[Any]] | None = None
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.embedding_norm = config.embedding_norm.build(config.dim) if config.embedding_norm else None
         self.position = config.position.build(config.dim, config.max_length) if config.position else None
@@ -167,14 +168,28 @@ class Transformer(nn.Module):
         return self.multi_token(x_BSD, tokens_BS, self.with_tables(context), self.embed)  # type: ignore[no-any-return]
 
     def with_tables(self, context: AttentionContext) -> AttentionContext:
-        """The context with what layers derive from the context's positions, computed once for all that share it."""
-        modules: list[Any] = [module for module in self.modules() if hasattr(module, "tables")]
-        sources = {module.key: module for module in modules}
-        tables = {key: m.tables(context) for key, m in sources.items()}
-        mixers: list[Any] = [module for module in self.modules() if hasattr(module, "facts")]
-        for facts in dict.fromkeys(mixer.facts for mixer in mixers):
-            tables |= attention_tables(facts, context)
+        """The context with what layers derive from its positions, once for all that share it; what it has stays."""
+        sources, mixers = self._sharing()
+        tables = dict(context.tables)
+        for key, source in {source.key: source for source in sources}.items():
+            if key not in tables:
+                tables[key] = source.tables(context)
+        for facts, head_dims in dict.fromkeys((mixer.facts, mixer.head_dims) for mixer in mixers):
+            tables |= attention_tables(facts, head_dims, self.dtype, replace(context, tables=tables))
         return replace(context, tables=tables)
+
+    def _sharing(self) -> tuple[list[Any], list[Any]]:
+        """The modules that have tables, and those that have attention facts.
+
+        Kept from one forward to the next, as asking each module takes a large part of the host's time for a token. Any
+        module that was added, replaced or taken away since makes it search anew.
+        """
+        modules = _descendants(self)
+        if self._shared is None or self._shared[0] != modules:
+            sources = [module for module in modules if hasattr(module, "tables")]
+            mixers = [module for module in modules if hasattr(module, "facts")]
+            self._shared = (modules, sources, mixers)
+        return self._shared[1], self._shared[2]
 
     def initialise(self, seed: int, *, pieces: Pieces = whole_piece) -> "Transformer":
         """Fill all weights, or the pieces of each that are here; see `treadle.nn.init`."""
@@ -191,3 +206,11 @@ class Transformer(nn.Module):
         device = self.device
         mixers: list[Any] = [layer.mixer for layer in self.layers.values()]
         return Cache([m.make_cache(batch, capacity, self.dtype, device) for m in mixers])
+
+
+def _descendants(module: nn.Module) -> list[nn.Module]:
+    """What `module.modules()` gives, less itself: a model that holds itself is freed late."""
+    found = [child for child in module._modules.values() if child is not None]
+    for each in found:  # which grows meanwhile
+        found += [child for child in each._modules.values() if child is not None]
+    return found

@@ -36,7 +36,7 @@ class Peers:
     whole, without a gradient. Set by the model for each forward.
     """
 
-    name: str
+    name: Any  # a string, under a type of its own in newer PyTorch
     size: int
     rank: int
     asynchronous: bool = False

@@ -113,8 +113,8 @@ def _problems(
         yield "parallel.pipeline", f"{layout.pipeline} is more than the model's {layers} layers"
     if batch_size % layout.data:
         lower, upper = batch_size // layout.data * layout.data, -(-batch_size // layout.data) * layout.data
-        fits = ", ".join(str(rows) for rows in (lower, upper) if rows)
-        message = f"{batch_size} rows cannot be shared out equally to replicate x shard = {layout.data}; try {fits}"
+        rows = ", ".join(str(rows) for rows in (lower, upper) if rows)
+        message = f"{batch_size} rows cannot be shared out equally to replicate x shard = {layout.data}; try {rows}"
         yield "training.batch_size", message
     if config.cpu_offload and layout.world == 1:
         yield "parallel.cpu_offload", "it needs at least two processes"

@@ -33,7 +33,7 @@ def cross_entropy(model: Transformer, batch: Batch, *, z_loss: float = 0.0, atte
 
     A model that has `multi_token` adds its loss, as the penalty `multi_token_loss`.
     """
-    context = replace(batch.context, backend=attention)
+    context = model.with_tables(replace(batch.context, backend=attention))  # once for all that follows
     hidden_BSD = model.hidden(batch.tokens_BS, context)
     total, penalty = model.head.penalised_cross_entropy(hidden_BSD, batch.targets_BS, z_loss=z_loss)
     penalties = {"z_loss": penalty} if z_loss else {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from treadle.config import Kind
 from treadle.nn.linear import GroupedLinear, Linear
-from treadle.nn.roles import is_matrix, parameter_roles
+from treadle.nn.roles import feature_matrices, parameter_roles
 from treadle.parallel.shards import mesh_of
 from treadle.train.muon import Muon
 
@@ -43,7 +43,7 @@ class AdamWConfig(OptimizerConfig):
 
 
 class MuonConfig(OptimizerConfig):
-    """Muon for the matrices inside the layers, AdamW for embedding, head, norms and biases, at one learning rate.
+    """Muon for the matrices that map features to features, AdamW for tables, head, routers and vectors, at one rate.
 
     Muon's update is scaled to the size of AdamW's (Moonlight, arXiv:2502.16982), so the same rate and decay serve both.
     """
@@ -56,12 +56,9 @@ class MuonConfig(OptimizerConfig):
     eps: PositiveFloat = Field(1e-8, description="AdamW's eps, for the rest")
 
     def build(self, model: nn.Module) -> "Optimizers":
-        roles, modules = parameter_roles(model), dict(model.named_modules())
-        matrices: dict[str, nn.Parameter] = {}
-        rest: dict[str, nn.Parameter] = {}
-        for name, parameter in trainable(model).items():
-            inside = roles[name] in ("column", "row", "expert") and is_matrix(name, roles[name], parameter)
-            (matrices if inside else rest)[name] = parameter
+        parameters, inside, modules = trainable(model), feature_matrices(model), dict(model.named_modules())
+        matrices = {name: parameter for name, parameter in parameters.items() if name in inside}
+        rest = {name: parameter for name, parameter in parameters.items() if name not in inside}
         groups = []
         for name, parameter in matrices.items():
             owner = modules[name.rpartition(".")[0]]

@@ -140,6 +140,15 @@ def test_rms_offset_is_gemmas_norm() -> None:
         peer.weight.copy_(ours.weight)
     x = torch.randn(3, 16)
     torch.testing.assert_close(ours(x), peer(x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(ours.bfloat16()(x.bfloat16()), peer.bfloat16()(x.bfloat16())), "rounded once, at the end"
+
+
+def test_rms_offset_with_a_weight_for_each_head_is_rounded_once() -> None:
+    ours = RMSNormConfig(eps=1e-6, offset=1.0).build(64, 3)
+    nn.init.normal_(ours.weight, std=0.1)
+    ours, x = ours.bfloat16(), torch.randn(5, 3, 64).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + ours.weight.double())
+    assert (ours(x) != exact.to(torch.bfloat16)).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("kind", ["pre_norm", "post_norm", "reordered_norm", "sandwich", "parallel"])

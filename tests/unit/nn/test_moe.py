@@ -163,6 +163,16 @@ def test_roles_and_counts_by_hand() -> None:
     assert flops.forward_flops(block, 32) == 2 * (2 * one + fixed)
 
 
+def test_biases_of_idle_experts_are_not_active() -> None:
+    """GPT-OSS: of each expert as many biases as outputs; the router's bias is met by every token."""
+    model = resolve(TransformerConfig, spec(bias=True, router={"kind": "softmax", "bias": True})).build()
+    block = model.layers["0"].feedforward
+    one, fixed = 3 * D * F + 2 * F + D, D * E + E
+    assert flops.parameter_count(block) == 4 * one + fixed
+    assert flops.active_parameter_count(block) == 2 * one + fixed
+    assert flops.forward_flops(block, 32) == 2 * (2 * 3 * D * F + D * E)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

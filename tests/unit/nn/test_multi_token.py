@@ -128,14 +128,15 @@ def test_costs_by_hand() -> None:
 def test_weights_have_roles_and_follow_from_their_names() -> None:
     model = resolve(TransformerConfig, spec()).build().initialise(5)
     roles = parameter_roles(model)
-    assert roles["multi_token.layers.1.project.weight"] == "row"
+    assert roles["multi_token.layers.1.project.weight"] == "replicate"
     assert roles["multi_token.layers.2.layer.mixer.qkv.weight"] == "column"
     assert {roles[f"multi_token.layers.1.{name}.weight"] for name in ("embedding_norm", "hidden_norm", "norm")} == {
         "norm"
     }
     weights = dict(model.named_parameters())
     expected = torch.empty(DIM, 2 * DIM)
-    fill_normal(expected, 0.02 / (2 * 2) ** 0.5, seed=5, name="multi_token.layers.2.project.weight")
+    # Of a plain matrix: an output of the size of an embedding, to which a layer adds.
+    fill_normal(expected, 0.02, seed=5, name="multi_token.layers.2.project.weight")
     assert torch.equal(weights["multi_token.layers.2.project.weight"], expected)
     assert weights["multi_token.layers.1.norm.weight"].eq(1).all()
 

@@ -112,6 +112,29 @@ def test_muon_holds_the_matrices_inside_the_layers_by_their_parts(tied):
     assert rest == set(names.values()) - set(expected)
 
 
+LATENT = {"kind": "latent_attention", "heads": 2, "q_rank": 12, "kv_rank": 16, "nope_dim": 8, "rope_dim": 8}
+MOE = {"kind": "moe", "experts": 4, "top_k": 2, "dim": 16, "shared": {"kind": "gated", "dim": 16}, "shared_gate": True}
+
+
+def test_muon_holds_replicated_matrices_but_no_router() -> None:
+    """By name, and the compressing projection of latent attention by its three parts."""
+    layer = {"kind": "pre_norm", "mixer": {**LATENT, "value_dim": 8}, "feedforward": MOE}
+    model = make_model(layers=[layer], position="learned")
+    muon, _ = MuonConfig().build(model).optimizers
+    names = {id(p): name for name, p in model.named_parameters()}
+    parts = {names[id(p)].removeprefix("layers.0."): g["parts"] for g in muon.param_groups for p in g["params"]}
+    assert parts == {
+        "mixer.down.weight": (12, 16, 8),
+        "mixer.q_up.weight": (),
+        "mixer.kv_up.weight": (16, 16),
+        "mixer.out.weight": (),
+        "feedforward.gate_up.weight": (16, 16),
+        "feedforward.down.weight": (),
+        "feedforward.shared.gate_up.weight": (16, 16),
+        "feedforward.shared.down.weight": (),
+    }
+
+
 @pytest.mark.parametrize("optimizer", [MuonConfig, AdamWConfig, SGDConfig], ids=lambda o: o.__name__)
 def test_only_matrices_decay(optimizer):
     model = make_model(layers=VARIANTS[3]["layers"])
