@@ -98,3 +98,23 @@ def test_spec_of_a_family_needs_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8, "hidden_size": 8}))
     with pytest.raises(Exception, match="num_hidden_layers"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "qwen3-moe", "gemma2", "gpt2", "falcon-7b", "gpt-oss", "deepseek-v2", "deepseek-v3"]
+)
+def test_bf16_is_as_near_to_fp32_as_in_transformers(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    peer = published(case, tmp_path).bfloat16()
+    for key, buffer in peer.named_buffers():  # nearly equal, as they become in training; bf16 would make them equal
+        if key.endswith("correction_bias"):
+            buffer.data = 5 + 0.01 * torch.randn(buffer.shape)
+    peer.save_pretrained(tmp_path)
+    wide, model = reloaded(tmp_path, case.attention), load(tmp_path, dtype=torch.bfloat16)
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation=case.attention
+    ).eval()
+    tokens_BS = torch.randint(0, 131, (8, 60))
+    exact = logits(wide, tokens_BS)
+    theirs, ours = ((logits(m, tokens_BS).float() - exact).abs().mean().item() for m in (narrow, model))
+    assert ours <= 1.2 * theirs, f"mean error {ours:.2e} here, {theirs:.2e} there"

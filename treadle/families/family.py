@@ -4,7 +4,7 @@ One file of this package declares one family. Its rules work in both directions,
 be read: `Family.config` reads its own result again and refuses a model that would come back different.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,10 +17,10 @@ from treadle.families.layouts import Layout
 from treadle.families.rules import Document, Mismatch, Rule
 from treadle.nn.transformer import TransformerConfig
 
-# Keys that say nothing about what a model computes: who wrote it, how it was trained, how it is sampled from.
+# Keys that say nothing about what a model computes: who wrote it, how it was trained, how it is sampled from. So do
+# all that begin with an underscore and have no rule.
 NEUTRAL = frozenset(
     [
-        "_name_or_path",
         "architectures",
         "attention_dropout",
         "attn_implementation",
@@ -35,7 +35,6 @@ NEUTRAL = frozenset(
         "initializer_range",
         "keys_to_ignore_at_inference",
         "label2id",
-        "max_window_layers",
         "model_type",
         "output_router_logits",
         "pad_token_id",
@@ -55,10 +54,43 @@ NEUTRAL = frozenset(
         "residual_dropout",
         "dropout",
         "tokenizer_class",
+        "unsloth_fixed",
+        "unsloth_version",
     ]
 )
 # What a spec says about training alone, or about how to compute; a config.json has no word for it.
-UNSAID = frozenset({"init", "compute", "balance_loss", "z_loss", "repeat"})
+UNSAID = frozenset({"init", "compute", "balance_loss", "z_loss", "repeat", "multi_token"})
+# Of several families that can say a model, the first is taken: the plain ones before those that vary them.
+ORDER = [
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "granite",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "stablelm",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "bloom",
+    "mpt",
+    "opt",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+]
+# What a rule may raise at a value of a form that it does not expect.
+UNEXPECTED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+DEEPEST = 10_000  # layers; more is a mistake
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,25 +128,41 @@ class Family:
         """The spec that a config.json describes. Raises ConfigError for what is not understood in it."""
         unknown = self.not_understood(config)
         if unknown:
-            told = ", ".join(f"{key}={config[key]!r}" for key in unknown)
+            told = ", ".join(f"{key}={config[key]!r}{_near(key, self.known)}" for key in unknown)
             raise ConfigError(
                 f"config.json: the family '{self.model_type}' does not understand {told}, and computing without it "
                 f"could give other numbers. Add a rule for it to the family, or take the key out if it means nothing"
             )
         depth = next((config[name] for name in (self.depth, *self.depth_also) if name in config), None)
-        if not isinstance(depth, int):
+        if depth is None:
             raise ConfigError(f"config.json: lacks the number of layers, '{self.depth}'.{nearest(self.depth, config)}")
+        if type(depth) is not int or not 0 < depth <= DEEPEST:
+            raise ConfigError(f"config.json: {self.depth}: {depth!r} is no number of layers")
         layers = [deepcopy(dict(self.layer)) for _ in range(depth)]
         document = {**deepcopy(dict(self.model)), "layers": layers}
         for rule in self.rules:
-            rule.read(config, document)
+            try:
+                rule.read(config, document)
+            except ConfigError:
+                raise
+            except UNEXPECTED as error:
+                told = ", ".join(f"{name}={config[name]!r}" for name in rule.names if name in config)
+                raise ConfigError(
+                    f"config.json: {told or type(rule).__name__}: not of the form that '{self.model_type}' expects "
+                    f"({type(error).__name__}: {error})"
+                ) from error
         return resolve(TransformerConfig, {**document, "layers": fold(document["layers"])})
+
+    @property
+    def known(self) -> set[str]:
+        """The keys that are answered for."""
+        return {*NEUTRAL, self.depth, *self.depth_also, *(name for rule in self.rules for name in rule.names)}
 
     def not_understood(self, config: Mapping[str, Any]) -> list[str]:
         """Keys that no rule answers for, unless they are switched off or say nothing about what is computed."""
-        known = NEUTRAL | {self.depth, *self.depth_also} | {name for rule in self.rules for name in rule.names}
+        known = self.known
         off: tuple[Any, ...] = (None, False, 0, "", [], {})
-        return [key for key, value in config.items() if key not in known and value not in off]
+        return [key for key, value in config.items() if key not in known and key[:1] != "_" and value not in off]
 
     def config(self, spec: TransformerConfig) -> dict[str, Any]:
         """The config.json of a spec. Raises ConfigError that lists whatever this family has no word for."""
@@ -125,25 +173,40 @@ class Family:
             self.depth: len(document["layers"]),
         }
         try:
+            self._compare_mixers(document)
             for rule in self.rules:
                 rule.write(document, config)
             again = unrolled(self.spec(config))
         except Mismatch as error:
             raise ConfigError(f"this model is no '{self.model_type}': {error}") from None
-        except (ConfigError, KeyError) as error:
+        except ConfigError as error:
             raise ConfigError(f"this model is no '{self.model_type}': {error}") from error
+        except (*UNEXPECTED, StopIteration) as error:
+            raise ConfigError(f"this model is no '{self.model_type}', which has no word for {error}") from error
         differences = diff(document, again)
         if differences:
             told = "\n".join(f"  {key}: {ours!r} here, {theirs!r} there" for key, ours, theirs in differences[:12])
             raise ConfigError(f"this model is no '{self.model_type}', which could not say all of it:\n{told}")
         return config
 
+    def _compare_mixers(self, document: Document) -> None:
+        wanted = self.layer["mixer"]["kind"]
+        for i, layer in enumerate(document["layers"]):
+            kind = layer.get("mixer", {}).get("kind")
+            if kind != wanted:
+                raise Mismatch(f"layers[{i}].mixer is of the kind '{kind}', where this family has '{wanted}'")
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    hint = nearest(name, names)
+    return f" ({hint.strip()})" if hint.startswith(" Did you mean") else ""
+
 
 def find(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises ConfigError that tells the nearest, and what that would not understand."""
     name = config.get("model_type")
     families = Family.registry
-    if name in families:
+    if isinstance(name, str) and name in families:
         return families[name]
     if isinstance(config.get("text_config"), Mapping):
         raise ConfigError(
@@ -160,8 +223,10 @@ def find(config: Mapping[str, Any]) -> Family:
 
 
 def families() -> list[Family]:
-    """Every family, once each."""
-    return list(dict.fromkeys(Family.registry.values()))
+    """Every family, once each, in ORDER; one's own come last."""
+    rank = {name: i for i, name in enumerate(ORDER)}
+    known = dict.fromkeys(Family.registry.values())
+    return sorted(known, key=lambda family: rank.get(family.model_type, len(rank)))
 
 
 def fitting(spec: TransformerConfig) -> list[Family]:
@@ -186,6 +251,8 @@ def unrolled(spec: TransformerConfig) -> Document:
             mixer["kv_heads"] = mixer["kv_heads"] or mixer["heads"]
             mixer["head_dim"] = mixer["head_dim"] or spec.dim // mixer["heads"]
             mixer["scale"] = mixer["scale"] or mixer["head_dim"] ** -0.5
+        if mixer.get("kind") == "latent_attention":
+            mixer["scale"] = mixer["scale"] or (mixer["nope_dim"] + mixer["rope_dim"]) ** -0.5
     said: Document = _without(plain)
     return said
 

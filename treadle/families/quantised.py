@@ -1,6 +1,6 @@
 """Weights that are published in fewer bits, read as if they were not: one tensor at a time, when it is asked for.
 
-FP8 in blocks (DeepSeek-V3, arXiv:2412.19437): `X.weight` in float8, `X.weight_scale_inv` a factor for each block.
+FP8 (DeepSeek-V3, arXiv:2412.19437): `X.weight` in float8, `X.weight_scale_inv` a factor for each block, or one for all.
 MXFP4 (GPT-OSS; OCP Microscaling Formats 1.0): `X_blocks` holds two 4-bit floats in each byte, the low half first, in
 groups of 32, `X_scales` each group's exponent.
 """
@@ -20,11 +20,16 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the positive half of E2M1
 def dequantised(reader: WeightsReader, config: Mapping[str, Any]) -> WeightsReader:
     """The reader itself, or one that gives its quantised tensors in bf16. Raises CheckpointError for other methods."""
     quantisation = config.get("quantization_config") or {}
+    if not isinstance(quantisation, Mapping):
+        raise CheckpointError(f"{reader.path}: quantization_config: {quantisation!r} is no JSON object")
     method = quantisation.get("quant_method")
     if method is None:
         return reader
     if method == "fp8":
-        return FP8Reader(reader, quantisation.get("weight_block_size") or (128, 128))
+        block = quantisation.get("weight_block_size") or (128, 128)
+        if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+            raise CheckpointError(f"{reader.path}: weight_block_size: {block!r}; expected two whole numbers")
+        return FP8Reader(reader, (block[0], block[1]))
     if method == "mxfp4":
         return MXFP4Reader(reader)
     raise CheckpointError(
@@ -35,7 +40,7 @@ def dequantised(reader: WeightsReader, config: Mapping[str, Any]) -> WeightsRead
 
 class _Dequantised(WeightsReader):
     def __init__(self, reader: WeightsReader):
-        self.path, self.files = reader.path, dict(reader.files)
+        self.path, self.files, self.metadata = reader.path, dict(reader.files), reader.metadata
         self.reader = reader
 
     def __iter__(self) -> Iterator[str]:
@@ -61,7 +66,14 @@ class FP8Reader(_Dequantised):
         if not self._scaled(name):
             return stored
         scale = self.reader.tensor(name + self.SCALE).float()
+        if scale.numel() == 1:
+            return (stored.float() * scale.reshape(())).bfloat16()
         rows, columns = self.block
+        blocks = tuple(-(-size // n) for size, n in zip(stored.shape, self.block, strict=True))
+        if scale.shape != blocks:
+            raise CheckpointError(
+                f"{self.path}: {name}{self.SCALE} is {tuple(scale.shape)}, where blocks of {self.block} make {blocks}"
+            )
         scale = scale.repeat_interleave(rows, 0)[: stored.shape[0]].repeat_interleave(columns, 1)[:, : stored.shape[1]]
         return (stored.float() * scale).bfloat16()
 

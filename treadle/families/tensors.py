@@ -17,10 +17,15 @@ Shape = tuple[int, ...]
 
 
 def pieces(family: Family, model: nn.Module) -> Pieces:
-    """The pieces of each parameter, by our names. Raises ConfigError for one that the family has no name for."""
+    """The pieces of each parameter, by our names; `multi_token` is for training alone and left out.
+
+    Raises ConfigError for a parameter that the family has no name for.
+    """
     modules = dict(model.named_modules())
     found: Pieces = {}
     for name, parameter in model.named_parameters():
+        if name.startswith("multi_token."):
+            continue
         path, leaf = name.rpartition(".")[::2]
         numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

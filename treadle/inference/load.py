@@ -10,7 +10,7 @@ from treadle.config.load import import_all
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import CheckpointError
 from treadle.families import checkpoint as published
-from treadle.nn.store import SPEC_FILE, build_meta, load_model
+from treadle.nn.store import SPEC_FILE, build_meta, cast, load_model
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.nn.weights import WeightsReader, weight_files
 from treadle.train.checkpoint import CHECKPOINTS, Checkpointer
@@ -50,7 +50,7 @@ def load(
     spec = checkpoints.facts(steps[-1])["model"]  # not the recipe's, which may leave the vocabulary to the tokenizer
     model = build_meta(resolve(TransformerConfig, spec)).to_empty(device=device)
     checkpoints.load_tensors({"model": dict(model.named_parameters())}, steps[-1])
-    model.to(dtype).dtype = dtype
+    cast(model, dtype)
     return model.eval(), Tokenizer.load(path / TOKENIZER)
 
 

@@ -83,6 +83,7 @@ class TopKRouter(nn.Module):
     roles = {"gate": "replicate", "balance_bias": "replicate"}
     scorers = ("gate",)
     full_precision = True
+    float32 = ("balance_bias",)
 
     def __init__(self, config: TopKRouterConfig, dim: int, experts: int, top_k: int, *, biased: bool):
         super().__init__()

@@ -1,10 +1,10 @@
 """A model on disk by itself: `model.yaml` says what it is, `model.safetensors` or its shards hold its weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treadle.config import resolve, to_yaml
 from treadle.errors import CheckpointError
@@ -30,7 +30,7 @@ def save_model(
     with WeightsWriter(folder, shard_bytes=shard_bytes, metadata=METADATA) as writer:
         for name, parameter in model.named_parameters() if parameters is None else parameters:
             writer.add(name, parameter)
-        (folder / SPEC_FILE).write_text(to_yaml(model.config))
+        writer.beside[SPEC_FILE] = to_yaml(model.config)
     return folder
 
 
@@ -41,16 +41,21 @@ def load_model(
 
     Raises CheckpointError listing every tensor that is missing, left over or of another shape.
     """
-    folder = Path(folder)
-    model = build_meta(resolve(TransformerConfig, folder / SPEC_FILE))
-    reader = WeightsReader(folder)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _compare(folder, expected, {name: reader.shape(name) for name in reader})
+    model = build_meta(resolve(TransformerConfig, Path(folder) / SPEC_FILE))
+    reader = open_weights(folder, model)
     allocate(model, device=device, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.tensor(name))
     return model.eval()
+
+
+def open_weights(folder: Path | str, model: Transformer) -> WeightsReader:
+    """The weights of a folder, which must be the model's. Raises CheckpointError as `load_model` does."""
+    reader = WeightsReader(folder)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _compare(reader.path, expected, {name: reader.shape(name) for name in reader})
+    return reader
 
 
 def build_meta(config: TransformerConfig) -> Transformer:
@@ -63,8 +68,25 @@ def build_meta(config: TransformerConfig) -> Transformer:
 def allocate(model: Transformer, *, device: torch.device | str, dtype: torch.dtype | None) -> None:
     """Give a model of `build_meta` its memory, in the dtype of weights and computation (None: float32)."""
     if dtype is not None:
-        model.to(dtype).dtype = dtype
+        cast(model, dtype)
     model.to_empty(device=device)
+
+
+def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model itself, its weights and computation in a dtype, but for parameters that a block keeps in float32."""
+    kept = [(parameter, parameter.data) for _, parameter in wide_parameters(model)]
+    model.to(dtype).dtype = dtype
+    for parameter, data in kept:
+        parameter.data = data.to(torch.promote_types(dtype, torch.float32))
+    return model
+
+
+def wide_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters, with their names, that their blocks name in `float32`: no narrower dtype is to round them."""
+    for path, module in model.named_modules():
+        for name in getattr(module, "float32", ()):
+            if (parameter := getattr(module, name)) is not None:
+                yield f"{path}.{name}".removeprefix("."), parameter
 
 
 def _compare(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

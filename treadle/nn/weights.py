@@ -18,6 +18,7 @@ from torch import Tensor
 from treadle.errors import CheckpointError
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 SHARD_BYTES = 5 << 30
 
 
@@ -25,7 +26,7 @@ class WeightsWriter:
     """Collects tensors and writes them in shards of at most `shard_bytes` (a larger tensor has one to itself).
 
     A context manager. The files take their names when it closes without an error, and those that were there before go;
-    until then the folder's own weights stay.
+    until then the folder's own weights stay, and the texts that describe them (`beside`).
     """
 
     def __init__(
@@ -35,6 +36,9 @@ class WeightsWriter:
         self.shard: dict[str, Tensor] = {}
         self.bytes = self.total_bytes = 0
         self.written: list[tuple[Path, list[str]]] = []
+        self.beside: dict[
+            str, str
+        ] = {}  # texts by file name, written last: weights are never described by others' facts
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -73,7 +77,7 @@ class WeightsWriter:
         names = (
             [WEIGHTS_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         )
-        old = {*weight_files(self.folder), self.folder / INDEX_FILE}
+        old = {self.folder / WEIGHTS_FILE, *self.folder.glob(SHARDS), self.folder / INDEX_FILE}
         for (path, _), name in zip(self.written, names, strict=True):
             os.replace(path, self.folder / name)
         if count > 1:
@@ -83,13 +87,15 @@ class WeightsWriter:
             old.discard(self.folder / INDEX_FILE)
         for path in old - {self.folder / name for name in names}:
             path.unlink(missing_ok=True)
+        for name, text in self.beside.items():
+            (self.folder / name).write_text(text)
 
 
 class WeightsReader:
     """The tensors of a folder (or of one file), by name; nothing is read before it is asked for.
 
-    Raises CheckpointError for a folder without safetensors: pickled weights are refused, since reading one runs
-    whatever code it holds.
+    metadata: of the first file. Raises CheckpointError for a folder without safetensors: pickled weights are refused,
+    since reading one runs whatever code it holds.
     """
 
     def __init__(self, path: Path | str):
@@ -98,23 +104,14 @@ class WeightsReader:
         if not files:
             raise CheckpointError(_no_weights(self.path))
         self.files: dict[str, Any] = {}
-        for file in files:
+        self.metadata: dict[str, str] = {}
+        for file in reversed(files):
             try:
                 opened = safe_open(file, framework="pt")
                 self.files |= dict.fromkeys(opened.keys(), opened)
+                self.metadata = opened.metadata() or {}
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{file}: cannot be read: {error}") from None
-        self._check_index()
-
-    def _check_index(self) -> None:
-        index = self.path / INDEX_FILE
-        if self.path.is_dir() and index.is_file():
-            promised = json.loads(index.read_text()).get("weight_map", {})
-            files = sorted({file for name, file in promised.items() if name not in self.files})
-            if files:
-                raise CheckpointError(
-                    f"{index}: tensors of {', '.join(files)} are not there; is the download complete?"
-                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -147,9 +144,21 @@ _DTYPES = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder: the one, or its shards."""
-    single = folder / WEIGHTS_FILE
-    return [single] if single.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    """The safetensors files of a model's folder: those of the index if there is one, else the one file, or its shards.
+
+    Raises CheckpointError for an index that cannot be read, or whose files are not there.
+    """
+    index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    if not index.is_file():
+        return [single] if single.is_file() else sorted(folder.glob(SHARDS))
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: is no index of shards, with a weight_map: {error!r}") from None
+    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: tensors of {', '.join(missing)} are not there; is the download complete?")
+    return [folder / name for name in names]
 
 
 def _no_weights(path: Path) -> str:

@@ -92,7 +92,7 @@ def test_nothing_is_overwritten_unasked(ours: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_message(ours: Path, tmp_path: Path) -> None:
     result = run("hf-import", tmp_path / "nowhere", tmp_path / "x")
     assert result.exit_code == 2
-    assert "config.json: cannot be read" in result.output
+    assert "nowhere: no such folder" in result.output
     result = run("hf-export", ours, tmp_path / "y", "--dtype", "int3")
     assert result.exit_code == 2
     assert "--dtype: 'int3'; expected bf16" in result.output

@@ -107,7 +107,7 @@ def test_damage_is_named(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="expected a JSON object"):
         checkpoint.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         checkpoint.load(folder)
 
 
@@ -187,3 +187,50 @@ def test_a_bare_model_without_prefix_is_read(folder: Path) -> None:
 
 def test_find_returns_the_registered_family() -> None:
     assert find({"model_type": "llama"}) is Family.registry["llama"]
+
+
+@pytest.fixture
+def shards(folder: Path) -> Path:
+    checkpoint.save(checkpoint.load(folder), folder, family="llama", shard_bytes=4000)
+    return folder
+
+
+def test_the_index_says_which_shards_there_are(shards: Path) -> None:
+    before = checkpoint.load(shards)
+    index = json.loads((shards / INDEX_FILE).read_text())
+    save_file({"junk": torch.zeros(2)}, shards / "model-00001-of-00002.safetensors")  # left by an earlier download
+    for name in {*index["weight_map"].values()}:
+        (shards / name).rename(shards / f"weights.{name[6:11]}.safetensors")
+    index["weight_map"] = {key: f"weights.{name[6:11]}.safetensors" for key, name in index["weight_map"].items()}
+    (shards / INDEX_FILE).write_text(json.dumps(index))
+    again = checkpoint.load(shards)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {"a": "mod', "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../a.safetensors"}}']
+)
+def test_an_index_that_is_none_is_named(shards: Path, text: str) -> None:
+    (shards.parent / "a.safetensors").write_bytes(b"")
+    (shards / INDEX_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=INDEX_FILE):
+        checkpoint.load(shards)
+    model = build()
+    checkpoint.save(model, shards, family="llama")  # and is no obstacle to writing anew
+    assert torch.equal(checkpoint.load(shards).embedding.weight, model.embedding.weight)
+
+
+def test_the_description_is_written_after_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that dies while the files take their names leaves no config.json of weights that are not there."""
+    before = (folder / "config.json").read_text()
+
+    def full(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(build(max_length=64), folder, family="llama")
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.convert(folder, folder / "ours")
+    assert (folder / "config.json").read_text() == before
+    assert not list((folder / "ours").iterdir())
