@@ -71,8 +71,8 @@ def test_a_device_for_each_process():
 
 def test_fewer_key_value_heads_than_processes_are_shared():
     assert check(4, tensor=4).tensor == 4
+    narrow = spec([layer({**ATTENTION, "heads": 8, "kv_heads": 4}, {"kind": "gated", "dim": 20})])
     with pytest.raises(ConfigError, match=r"feedforward\.gate_up\.weight gate=20; the whole model fits 1, 2, 4$"):
-        narrow = spec([layer({**ATTENTION, "heads": 8, "kv_heads": 4}, {"kind": "gated", "dim": 20})])
         check_layout(ParallelConfig(tensor=8), 8, narrow, 8)
 
 

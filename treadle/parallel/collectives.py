@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
-import torch.distributed._symmetric_memory  # noqa: F401  defines the fused operations
+import torch.distributed._symmetric_memory
 import torch.nn.functional as F
 from torch import Tensor, autograd
 
@@ -36,7 +36,7 @@ class Peers:
     whole, without a gradient. Set by the model for each forward.
     """
 
-    name: str
+    name: Any  # a str, which torch 2.13 has a type of its own for
     size: int
     rank: int
     asynchronous: bool = False

@@ -29,7 +29,6 @@ from treadle.nn.store import save_model
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
 
-
 Parts = Sequence[int]
 TENSOR = "tensor"  # the dimension of a mesh that matrices are cut on
 
@@ -47,8 +46,9 @@ def parts_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def tensor_cut(tensor: Tensor) -> int | None:
     """The dimension in which a tensor is cut on the mesh's dimension "tensor"; None: it is not."""
-    if isinstance(tensor, DTensor) and TENSOR in (tensor.device_mesh.mesh_dim_names or ()):
-        placement = tensor.placements[tensor.device_mesh.mesh_dim_names.index(TENSOR)]
+    names = (tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
+    if isinstance(tensor, DTensor) and TENSOR in names:
+        placement = tensor.placements[names.index(TENSOR)]
         return int(placement.dim) if isinstance(placement, Shard) else None
     return None
 
@@ -110,8 +110,14 @@ def spread_like(values: Tensor, tensor: Tensor) -> Tensor:
     """The tensor of which `values` are what this process holds, where it is spread as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return values
-    place = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(values, tensor.device_mesh, tensor.placements, run_check=False, **place)
+    return DTensor.from_local(
+        values,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def cut_like(whole: Tensor, tensor: Tensor, parts: Parts = ()) -> Tensor:

@@ -140,8 +140,8 @@ class View:
     """What the code of a module sees of one of its parameters.
 
     replicated: whole, and its gradient is a part of a sum. once: on the first process as it is, on others as zeros (a
-    bias that is added to each part of a sum). heads: of which it sees the one that it needs. shared: of a stack in which
-    others' heads are needed, for each part the rows that are here, and its heads (0 where this process has its own).
+    bias that is added to each part of a sum). heads: of which it sees the one that it needs. shared: of a stack in
+    which others' heads are needed, for each part the rows that are here, and its heads (0: each has its own).
     """
 
     replicated: bool = False
@@ -222,15 +222,17 @@ def _spread(name: str, parameter: nn.Parameter, placement: Placement, mesh: Devi
             raise ConfigError(f"parallel.tensor: {message}")
         shape[placement.dim] //= mesh.size()
     here = parameter.new_empty(shape)
-    whole = {"shape": parameter.shape, "stride": parameter.stride()}
-    spread = DTensor.from_local(here, mesh, [placement], run_check=False, **whole)
+    spread = DTensor.from_local(
+        here, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
     return nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
 
 def _become(module: Any, form: type | None, views: dict[str, View], peers: Peers) -> None:
     """The same module, whose code sees what is here of its parameters."""
     module.views, module.peers = views, peers
-    module.__class__ = _class(type(module), form, tuple(views))
+    kind: Any = type(module)
+    module.__class__ = _class(kind, form, tuple(views))
 
 
 @functools.cache

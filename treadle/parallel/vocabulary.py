@@ -55,7 +55,7 @@ class _VocabularyCrossEntropy(autograd.Function):
         x_TD: Tensor,
         weight_VD: Tensor,
         targets_T: Tensor,
-        group: str,
+        group: Any,
         softcap: float | None,
         z_loss: float,
         chunk: int,
