@@ -205,3 +205,20 @@ def test_cross_entropy_over_a_cut_vocabulary(softcap, z_loss):
         assert its_penalty.item() == pytest.approx(penalty.item(), rel=1e-12)
         assert torch.allclose(dweight, leaves[0].grad.chunk(2)[rank], rtol=0, atol=1e-12)
     assert torch.allclose(found[0][3] + found[1][3], leaves[1].grad, rtol=0, atol=1e-12)
+
+
+def sums(mode: str) -> int:
+    """How often something is summed and scattered in a step of two layers."""
+    with meshed(tensor=2) as mesh, torch.profiler.profile() as profile:
+        step_of("plain", mesh, 8, activation_checkpointing=mode)
+    return sum(event.count for event in profile.key_averages() if event.key == SUM)
+
+
+SUM = "c10d::reduce_scatter_tensor_coalesced_"  # what is sent, not what is asked for
+
+
+def test_sums_are_not_sent_again():
+    """Two in the forward of each layer and one of the embedding, and two in the backward of each layer."""
+    assert run(sums, 2, "none") == [9, 9]
+    assert run(sums, 2, "selective") == [9, 9]
+    assert run(sums, 2, "full") == [11, 11]  # but for the last of a layer, which nothing asks for

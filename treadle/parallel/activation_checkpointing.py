@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.distributed._functional_collectives
+import torch.distributed._symmetric_memory
 from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -19,6 +21,11 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+# What was summed over the processes that share a matrix: small, since each has its tokens only, and dear to send again.
+_SUMS = {
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops.symm_mem.fused_matmul_reduce_scatter.default,
+}
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.treadle.grouped_linear.default}
 
 # FSDP marks what it does for the profiler, and within a layer (experts, a router in fp32) not as often in the
@@ -32,7 +39,7 @@ SAC_IGNORED_OPS |= {
 def apply_activation_checkpointing(layers: nn.ModuleDict, mode: Mode) -> None:
     """Make each layer recompute its inside in the backward. Wraps `forward` in place; parameter names stay.
 
-    full: only a layer's input is kept. selective: also attention outputs and every second matmul.
+    full: only a layer's input is kept. selective: also attention outputs, sums over processes and every second matmul.
     """
     if mode == "none":
         return
@@ -62,7 +69,7 @@ def _policy() -> Callable[..., CheckpointPolicy]:
     seen = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in _ATTENTION or getattr(operation, "_opname", "") == "_varlen_attn":
+        if operation in _ATTENTION or operation in _SUMS or getattr(operation, "_opname", "") == "_varlen_attn":
             return CheckpointPolicy.MUST_SAVE
         if operation in _MATMULS:
             seen[context.is_recompute] += 1

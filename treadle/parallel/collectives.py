@@ -36,7 +36,7 @@ class Peers:
     whole, without a gradient. Set by the model for each forward.
     """
 
-    name: Any  # a string, under a type of its own in newer PyTorch
+    name: Any  # a str, which torch 2.13 has a type of its own for
     size: int
     rank: int
     asynchronous: bool = False

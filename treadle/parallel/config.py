@@ -101,10 +101,10 @@ def _problems(
     config: ParallelConfig, layout: Layout, model: TransformerConfig, batch_size: int
 ) -> Iterator[tuple[str, str]]:
     if layout.tensor > 1 and (found := misfit(model, layout.tensor)):
-        size, fits = found
-        what = "neither divides nor is a multiple of" if size.shareable else "does not divide"
-        shown = ", ".join(map(str, fits))
-        yield "parallel.tensor", f"{layout.tensor} {what} {size.name}={size.count}; the whole model fits {shown}"
+        cut, able = found
+        what = "neither divides nor is a multiple of" if cut.shareable else "does not divide"
+        shown = ", ".join(map(str, able))
+        yield "parallel.tensor", f"{layout.tensor} {what} {cut.name}={cut.count}; the whole model fits {shown}"
     if config.async_tensor and layout.tensor == 1:
         yield "parallel.async_tensor", "there is nothing to be sent with parallel.tensor=1; leave it out"
     yield from _expert_problems(layout, model)

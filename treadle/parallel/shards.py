@@ -110,8 +110,14 @@ def spread_like(values: Tensor, tensor: Tensor) -> Tensor:
     """The tensor of which `values` are what this process holds, where it is spread as `tensor` is."""
     if not isinstance(tensor, DTensor):
         return values
-    place: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(values, tensor.device_mesh, tensor.placements, run_check=False, **place)
+    return DTensor.from_local(
+        values,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def cut_like(whole: Tensor, tensor: Tensor, parts: Parts = ()) -> Tensor:

@@ -141,7 +141,7 @@ class View:
 
     replicated: whole, and its gradient is a part of a sum. once: on the first process as it is, on others as zeros (a
     bias that is added to each part of a sum). heads: of which it sees the one that it needs. shared: of a stack in
-    which others' heads are needed, for each part the rows that are here, and its heads (0: it has its own).
+    which others' heads are needed, for each part the rows that are here, and its heads (0: each has its own).
     """
 
     replicated: bool = False
@@ -222,8 +222,9 @@ def _spread(name: str, parameter: nn.Parameter, placement: Placement, mesh: Devi
             raise ConfigError(f"parallel.tensor: {message}")
         shape[placement.dim] //= mesh.size()
     here = parameter.new_empty(shape)
-    whole: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
-    spread = DTensor.from_local(here, mesh, [placement], run_check=False, **whole)
+    spread = DTensor.from_local(
+        here, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
     return nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
 
