@@ -134,7 +134,7 @@ def weighted(u_BN: np.ndarray, weights_N: np.ndarray, count: int) -> np.ndarray:
 
 
 class TaskBatches(Batches):
-    """The batches of a task: the training samples, or held-out ones, which are others."""
+    """The batches of a task: the training samples, or held-out ones, which are others, and the same for every seed."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class TaskBatches(Batches):
     ):
         super().__init__(batch_size, rank, world)
         self.task, self.sequence_length, self.seed = task, sequence_length, seed
-        self.draws = Draws(seed, held_out)
+        self.draws = Draws(0 if held_out else seed, held_out)
 
     def samples(self, start: int, stop: int) -> Batch:
         samples_B = np.arange(start, stop, dtype=np.int64)

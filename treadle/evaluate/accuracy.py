@@ -15,7 +15,7 @@ from treadle.parallel.mesh import Mesh
 
 
 class AccuracyConfig(Config):
-    """Held-out samples of a task, of which training sees none."""
+    """Held-out samples of a task, of which training sees none. They are the same for every seed of the run."""
 
     every: PositiveInt | None = Field(None, description="steps between evaluations; null: only at the end")
     samples: PositiveInt = Field(1024, description="rows that are answered")
@@ -40,7 +40,8 @@ def evaluate_accuracy(
 ) -> Accuracy:
     """Answer every target of `batches` that is not -100. attention: the backend. The model's mode is left as it was.
 
-    mesh: the processes that share the samples; each has as many batches as the others (`shared_out`).
+    mesh: the processes that share the samples; each has as many batches as the others (`shared_out`). Raises
+    ValueError where no target is there to be answered.
     """
     mesh = mesh or Mesh()
     device, training = model.device, model.training
@@ -59,6 +60,8 @@ def evaluate_accuracy(
     model.train(training)
     correct, rows_correct = mesh.sum(counts).tolist()
     answers, rows = mesh.sum_counts(answers, rows)
+    if answers == 0:
+        raise ValueError("no row has a target to answer: all are -100")
     return Accuracy(correct, answers, rows_correct, rows)
 
 

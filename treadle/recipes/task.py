@@ -9,8 +9,10 @@ from rich.console import Console
 
 from treadle.config import key_error, key_errors
 from treadle.data.tasks import TaskBatches, TaskConfig
+from treadle.errors import ConfigError
 from treadle.evaluate.accuracy import AccuracyConfig, evaluate_accuracy, shared_out
 from treadle.inference.load import FINAL
+from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics
@@ -44,6 +46,7 @@ class RecipeConfig(SessionConfig):
 def main(config: RecipeConfig, *, resume: Path | None = None, console: Console | None = None) -> Path:
     """Train; returns the run folder. resume: the folder of a run to go on with, from its latest checkpoint."""
     training = config.training
+    check_answers(config)
     with open_processes(config) as mesh:
         console = console or Console(quiet=not mesh.leads)
         sinks = config.tracking.build() if mesh.leads else []
@@ -63,6 +66,19 @@ def samples_of(config: RecipeConfig, task: TaskConfig, batch_size: int, **option
     """Rows of a task, of this run's length and seed. options: `held_out`, `rank` and `world` of TaskBatches."""
     length = config.training.sequence_length
     return TaskBatches(task, sequence_length=length, batch_size=batch_size, seed=config.seed, **options)
+
+
+def check_answers(config: RecipeConfig) -> None:
+    """Raises ConfigError, before anything is trained, for a task of which a part asks nothing."""
+    samples = config.evaluate.samples
+    for name, part in config.task.parts().items():
+        held_out = samples_of(config, part, 1, held_out=True)
+        if not any(held_out.samples(n, min(n + 64, samples)).valid_tokens for n in range(0, samples, 64)):
+            whose = "" if name == "all" else f" of {name.replace('_', ' ')}"
+            raise ConfigError(
+                f"task: none of the {samples} held-out rows{whose} has a target, so there is nothing to score; "
+                f"the task's `rows` must set some to another value than {IGNORED}"
+            )
 
 
 def log_accuracy(config: RecipeConfig, session: Session, step: int) -> None:

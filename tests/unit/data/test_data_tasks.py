@@ -117,10 +117,16 @@ def test_any_split_gives_the_same_samples():
         assert torch.cat([part.samples_B for part in parts]).tolist() == list(range(48))
 
 
+def test_held_out_rows_are_the_same_for_every_seed():
+    first, second = (batches(seed=seed, held_out=True).samples(5, 60) for seed in (0, 7))
+    assert torch.equal(first.tokens_BS, second.tokens_BS)
+    assert torch.equal(first.targets_BS, second.targets_BS)
+
+
 def test_other_seeds_and_held_out_samples_are_other_samples():
-    rows = [batches(seed=seed, held_out=held_out).samples(0, 200) for seed in (0, 1) for held_out in (False, True)]
+    rows = [batches(seed=seed, held_out=held_out).samples(0, 200) for seed, held_out in [(0, 0), (1, 0), (0, 1)]]
     seen = {tuple(row) for batch in rows for row in batch.tokens_BS.tolist()}
-    assert len(seen) == 800
+    assert len(seen) == 600
 
 
 def test_state_goes_on_and_refuses_another_task():

@@ -1,5 +1,7 @@
 """The task recipe: it learns, it goes on exactly where it stopped, and it says what is wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -7,9 +9,12 @@ from recipe_zoo import records, status
 
 import treadle
 from treadle import recipes
-from treadle.data.tasks import TaskBatches
+from treadle.config import resolve
+from treadle.data.tasks import MQARConfig, TaskBatches
 from treadle.errors import CheckpointError, ConfigError, DataError
+from treadle.evaluate.accuracy import evaluate_accuracy
 from treadle.nn.store import load_model
+from treadle.nn.transformer import TransformerConfig
 
 
 def write_recipe(folder, **changes):
@@ -87,6 +92,52 @@ def test_numbers_of_pairs_are_scored_apart(tmp_path):
     for pairs in (1, 3):
         (record,) = records(folder, f"evaluate/{pairs}_pairs")
         assert record["accuracy"] * 5 * pairs == pytest.approx(round(record["accuracy"] * 5 * pairs))
+
+
+SILENT = """
+from typing import Literal
+
+import numpy as np
+
+from treadle.data.tasks import Draws, TaskConfig
+
+
+class SilentConfig(TaskConfig):
+    kind: Literal["silent"] = "silent"
+    asks: bool = False
+
+    def parts(self) -> dict[str, TaskConfig]:
+        return {"speaking": SilentConfig(asks=True), "no_answers": self}
+
+    def rows(self, samples_B: np.ndarray, length: int, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        tokens_BS = np.zeros((len(samples_B), length), dtype=np.int64)
+        targets_BS = np.full_like(tokens_BS, -100)
+        targets_BS[samples_B == 99] = 1 if self.asks else -100
+        return tokens_BS, targets_BS
+"""
+
+
+def test_a_task_without_answers_is_refused_before_training(tmp_path):
+    (tmp_path / "silent.py").write_text(SILENT)
+    changes = {"imports": ["silent.py"], "task": "silent", "evaluate": {"samples": 100}}
+    with pytest.raises(ConfigError, match="task: none of the 100 held-out rows of no answers has a target"):
+        treadle.run(write_recipe(tmp_path, **changes), [f"folder={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_accuracy_of_no_answer_is_an_error():
+    model = make_model()
+    rows = TaskBatches(MQARConfig(pairs=2, vocab_size=16), sequence_length=16, batch_size=2).batch(0)
+    silent = replace(rows, targets_BS=torch.full_like(rows.targets_BS, -100), valid_tokens=0)
+    with pytest.raises(ValueError, match="no row has a target to answer"):
+        evaluate_accuracy(model, [silent])
+    assert evaluate_accuracy(model, [silent, rows]).answers == 4
+
+
+def make_model():
+    layer = {"kind": "pre_norm", "mixer": {"kind": "attention", "heads": 2}, "feedforward": {"kind": "dense", "dim": 8}}
+    spec = {"dim": 16, "vocab_size": 16, "max_length": 16, "layers": [layer]}
+    return resolve(TransformerConfig, spec).build().initialise(0)
 
 
 def test_the_vocabulary_is_the_tasks(tmp_path):
