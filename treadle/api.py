@@ -64,11 +64,19 @@ def run(
 
 
 def load(
-    path: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, root: Path | str = "runs"
-) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run (folder, id, prefix, "latest") or of a model folder, ready to generate."""
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    root: Path | str = "runs",
+    imports: Sequence[str] = (),
+) -> tuple[Transformer, Tokenizer | None]:
+    """Model and tokenizer (None: it has none) of a run (folder, id, prefix, "latest") or of a model folder.
+
+    imports: Python files or modules with blocks or families of your own that the folder does not name itself.
+    """
     folder = Path(path) if Path(path).is_dir() else find_run(path, root)
-    return load_folder(folder, device=find_device(device), dtype=dtype)
+    return load_folder(folder, device=find_device(device), dtype=dtype, imports=imports)
 
 
 def find_run(reference: str | Path, root: Path | str = "runs") -> Path:

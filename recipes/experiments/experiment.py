@@ -82,7 +82,7 @@ def say(name: str, text: str) -> None:
 
 def arguments(description: str | None, runs: str, jobs: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs/figures", help="where numbers and figure go")
+    parser.add_argument("--out", type=Path, help="where numbers and figure go (docs/figures; with --quick, --runs)")
     parser.add_argument("--runs", type=Path, default=Path("runs") / runs, help="where the run folders go")
     parser.add_argument("--jobs", type=int, default=jobs, help="runs that train side by side")
     parser.add_argument("--quick", action="store_true", help="toy sizes, for a CPU: shows that it works, no result")
@@ -99,7 +99,8 @@ def carry_out(
     table: Callable[[dict[str, Any]], str],
 ) -> None:
     """Measure unless it is a redraw; draw `<name>.png`; and put the table in the page beside the folder, if any."""
-    numbers = asked.out / f"{name}.json"
+    out = asked.out or (asked.runs if asked.quick else REPOSITORY / "docs/figures")
+    numbers = out / f"{name}.json"
     if not asked.redraw:
         began = time.perf_counter()
         result = {**measure(asked), **machine(), "seconds": round(time.perf_counter() - began)}
@@ -108,12 +109,12 @@ def carry_out(
     if not numbers.is_file():
         raise RunError(f"{numbers}: no numbers to draw; run without --redraw first")
     result = json.loads(numbers.read_text())
-    draw(result, asked.out / f"{name}.png")
+    draw(result, out / f"{name}.png")
     rows = f"{table(result)}\n\n{origin(result)}"
-    page = asked.out.parent / "experiments.md"
+    page = out.parent / "experiments.md"
     if page.is_file() and not result["quick"]:
         page.write_text(filled(page.read_text(), name, rows))
-    print(f"{rows}\n\n{numbers}\n{asked.out / name}.png", flush=True)
+    print(f"{rows}\n\n{numbers}\n{out / name}.png", flush=True)
 
 
 def machine() -> dict[str, Any]:

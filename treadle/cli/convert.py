@@ -26,22 +26,27 @@ def hf_import(
     source: Folder,
     target: Annotated[Path, typer.Argument(help="Folder to write: model.yaml, weights, tokenizer/.")],
     dtype: Dtype = None,
+    eos: Annotated[
+        str | None, typer.Option("--eos", help="Token that ends a document. Default: what the tokenizer declares.")
+    ] = None,
     imports: Imports = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a Hugging Face checkpoint into a model folder, for train, generate and the rest."""
+    from treadle.data.tokenizer import NO_TOKENIZER, declare_eos
     from treadle.families import checkpoint
     from treadle.nn.flops import parameter_count
     from treadle.nn.store import build_meta
 
-    _prepare(imports, target, overwrite)
-    spec = checkpoint.convert(source, target, dtype=_dtype(dtype), progress=_progress("importing"))
+    _prepare(imports, source, target, checkpoint.CONFIG_FILE, overwrite)
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "imports": imports or [], "progress": _progress("importing")}
+    spec = checkpoint.convert(source, target, **options)
     typer.echo(f"{target}: {parameter_count(build_meta(spec)):,} parameters")
-    if not (target / "tokenizer" / "tokenizer.json").is_file():
-        typer.echo(
-            "no tokenizer.json came with it; write one with transformers' AutoTokenizer.from_pretrained(...)"
-            f".save_pretrained('{target / 'tokenizer'}')"
-        )
+    tokenizer = target / "tokenizer"
+    if eos is not None:
+        declare_eos(tokenizer, eos)
+    if not (tokenizer / "tokenizer.json").is_file():
+        typer.echo(NO_TOKENIZER.format(folder=tokenizer))
 
 
 @app.command()
@@ -57,13 +62,24 @@ def hf_export(
     """Write a model as a Hugging Face checkpoint with its tokenizer."""
     from treadle import api
     from treadle.families import checkpoint
-    from treadle.inference.load import stored_dtype
+    from treadle.inference.load import import_blocks, model_folder, tokenizer_folder
+    from treadle.nn.store import SPEC_FILE
 
-    _prepare(imports, target, overwrite)
     folder = Path(source) if Path(source).is_dir() else api.find_run(source, root)
-    model, tokenizer = api.load(folder, device="cpu", dtype=_dtype(dtype) or stored_dtype(folder))
-    written = checkpoint.save(model, target, family=family, progress=_progress("exporting"))
-    tokenizer.save(target)
+    _prepare(imports, folder, target, SPEC_FILE, overwrite)
+    tokenizer = tokenizer_folder(folder)
+    options: dict[str, Any] = {"family": family, "dtype": _dtype(dtype), "progress": _progress("exporting")}
+    options["tokenizer"] = tokenizer if tokenizer.is_dir() else None
+    import_blocks(folder)
+    if (whole := model_folder(folder)) is not None:
+        written = checkpoint.save_folder(whole, target, **options)
+    elif checkpoint.is_published(folder):
+        raise CheckpointError(f"{folder}: is a Hugging Face checkpoint already; to write it in another way, import it")
+    else:  # a run that has not come to its end
+        import torch
+
+        model, _ = api.load(folder, device="cpu", dtype=torch.float32)
+        written = checkpoint.save(model, target, **options)
     typer.echo(f"{target}: {written.architecture}")
 
 
@@ -75,28 +91,28 @@ def inspect(source: Folder, imports: Imports = None) -> None:
     from treadle.config import yaml_io
     from treadle.config.schema import plain
     from treadle.families import checkpoint
-    from treadle.families.quantised import dequantised
-    from treadle.families.tensors import match
     from treadle.nn.flops import active_parameter_count, parameter_count
-    from treadle.nn.store import build_meta
-    from treadle.nn.weights import WeightsReader
 
     _import(imports)
-    family, spec = checkpoint.read_spec(source)
-    model = build_meta(spec)
+    family, spec, model, reader, parts = checkpoint.open_published(source)
     console = Console(highlight=False, soft_wrap=True)
     total, active = parameter_count(model), active_parameter_count(model)
     more = "" if active == total else f", {active:,} active"
     console.print(f"family [bold]{family.model_type}[/] ({family.architecture}), {total:,} parameters{more}")
     console.print(yaml_io.dump(plain(spec)), markup=False, end="")
-    reader = dequantised(WeightsReader(source), checkpoint.read_config(source))
-    parts = match(family, model, reader)
     dtypes = sorted({str(reader.dtype(p.source)).removeprefix("torch.") for ps in parts.values() for p in ps})
     console.print(f"\n{len({p.source for ps in parts.values() for p in ps})} tensors fit, in {', '.join(dtypes)}")
 
 
-def _prepare(imports: list[str] | None, target: Path, overwrite: bool) -> None:
+def _prepare(imports: list[str] | None, source: Path, target: Path, foreign: str, overwrite: bool) -> None:
+    """foreign: the file of the other kind of checkpoint, which is never to be written over."""
     _import(imports)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; choose another folder")
+    if target.resolve() == source.resolve() or (target / foreign).is_file():
+        raise CheckpointError(
+            f"{target}: holds a checkpoint of the other kind, which would be lost; choose another folder"
+        )
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"{target}: is not empty; choose another folder, or pass --overwrite")
 
@@ -112,16 +128,23 @@ def _dtype(name: str | None) -> "torch.dtype | None":
         return None
     from treadle.train.setup import DTYPES
 
-    dtypes: dict[str, torch.dtype] = {str(key): value for key, value in DTYPES.items()}
+    dtypes: dict[str, torch.dtype] = {}
+    for key, dtype in DTYPES.items():
+        dtypes |= {str(key): dtype, str(dtype).removeprefix("torch."): dtype}
     if name not in dtypes:
         raise ConfigError(f"--dtype: '{name}'; expected {', '.join(dtypes)}")
     return dtypes[name]
 
 
 def _progress(what: str) -> Any:
+    from rich.console import Console
     from rich.progress import track
 
+    console = Console(stderr=True)
+
     def tracked(items: Iterable[Any], total: int) -> Iterable[Any]:
-        return track(items, what, total=total, transient=True)
+        if not console.is_terminal:
+            return items  # where rich would leave an empty line
+        return track(items, what, total=total, console=console, transient=True)
 
     return tracked

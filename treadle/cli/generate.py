@@ -18,6 +18,9 @@ def generate(
     samples: Annotated[int, typer.Option("--samples", min=1, help="How many continuations.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    imports: Annotated[
+        list[str] | None, typer.Option("--import", help="Python file or module with blocks or families of your own.")
+    ] = None,
     root: Annotated[Path, typer.Option(help="Where runs are looked for.")] = Path("runs"),
 ) -> None:
     """Sample text from a trained model, as it is made.
@@ -35,7 +38,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     options |= {"top_k": top_k, "top_p": top_p}
-    loaded, tokenizer = treadle.load(model, device=device, root=root)
+    loaded, tokenizer = treadle.load(model, device=device, root=root, imports=imports or [])
     if samples == 1:
         typer.echo(text, nl=False)
         for piece in treadle.stream(loaded, tokenizer, text, **options):

@@ -19,20 +19,26 @@ app = typer.Typer(no_args_is_help=True, help="Show what a model is made of and w
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for the file they go with.")
 ]
+Imports = Annotated[
+    list[str] | None, typer.Option("--import", help="Python file or module with blocks or families of your own.")
+]
 Length = Annotated[int | None, typer.Option("--length", help="Sequence length for FLOPs. Default: max_length.")]
 
 
 @app.command()
 def show(
-    spec: Annotated[Path, typer.Argument(help="Recipe, model spec or run folder.", show_default=False)],
+    spec: Annotated[Path, typer.Argument(help="Recipe, model spec, or folder of a run or model.", show_default=False)],
     overrides: Overrides = None,
     length: Length = None,
+    imports: Imports = None,
 ) -> None:
     """Print the modules with shapes, roles, parameters and FLOPs per token; equal layers are shown once."""
     from rich.console import Console
 
+    from treadle.config.load import import_all
     from treadle.nn import flops
 
+    import_all(imports or [], "--import")
     model = _build(_load(spec, overrides or []))
     length = length or model.config.max_length
     console = Console()
@@ -49,15 +55,18 @@ def show(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="Recipe, model spec or run folder.", show_default=False)],
+    a: Annotated[Path, typer.Argument(help="Recipe, model spec, or folder of a run or model.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="The other one.", show_default=False)],
     length: Length = None,
+    imports: Imports = None,
 ) -> None:
     """Show in which keys and in which costs two models differ."""
     from treadle.cli.config import print_table
     from treadle.config import diff as differences
+    from treadle.config.load import import_all
     from treadle.config.words import quote
 
+    import_all(imports or [], "--import")
     left, right = (_build(_load(path, [])) for path in (a, b))
     costs = [_costs(model, length or model.config.max_length) for model in (left, right)]
     rows = [(name, costs[0][name], costs[1][name]) for name in costs[0] if costs[0][name] != costs[1][name]]
@@ -75,16 +84,19 @@ def _quoted(value: Any, quote: Any) -> str:
 
 
 def _load(path: Path, overrides: list[str]) -> "TransformerConfig":
-    """The model section of a recipe, a spec by itself, or the model of a run folder."""
+    """The model section of a recipe, a spec by itself, or the model of a run or Hugging Face folder."""
     from treadle import recipes
-    from treadle.config import read_yaml, resolve
+    from treadle.config import read_yaml, resolve, to_dict
+    from treadle.families import checkpoint
     from treadle.nn.transformer import TransformerConfig
     from treadle.train.setup import with_vocabulary
 
     if path.is_dir():
         inside = [path / name for name in ("model.yaml", "final/model.yaml", "config.yaml") if (path / name).is_file()]
+        if not inside and checkpoint.is_published(path):
+            return resolve(TransformerConfig, to_dict(checkpoint.read_spec(path)[1]), overrides)
         if not inside:
-            raise ConfigError(f"{path}: holds no model.yaml, final/model.yaml or config.yaml")
+            raise ConfigError(f"{path}: holds no model.yaml, final/model.yaml, config.yaml or config.json")
         path = inside[0]
     if "model" not in read_yaml(path):
         return resolve(TransformerConfig, path, overrides)

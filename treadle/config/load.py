@@ -90,17 +90,18 @@ def import_all(modules: Sequence[str], origin: str) -> None:
 def _import_file(path: Path) -> None:
     path = path.expanduser().resolve()
     name = f"treadle_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # two folders may both hold a blocks.py
-    if name in sys.modules:
+    copy = f"treadle_user_{zlib.crc32(path.read_bytes()):08x}"  # and a model folder holds copies of its blocks' files
+    if name in sys.modules or copy in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = sys.modules[copy] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[name], sys.modules[copy]
         raise
 
 

@@ -10,8 +10,9 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -26,7 +27,12 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CONFIG_FILE = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
+NO_TOKENIZER = (
+    "there is no tokenizer.json (a SentencePiece model alone is not read); write one with transformers' "
+    "AutoTokenizer.from_pretrained(...).save_pretrained('{folder}')"
+)
 BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece names the tokens of single bytes
 
 
@@ -34,19 +40,24 @@ class Tokenizer:
     """Text to token ids and back.
 
     `eos_id` is the token that ends each document; `fingerprint` (sha256) changes with anything that changes the ids.
+    `opening` are the ids that a published model saw before each text in its training, and that its prompts begin with.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos: str = END_OF_TEXT):
+    def __init__(self, backend: tokenizers.Tokenizer, eos: str = END_OF_TEXT, opening: Sequence[int] = ()):
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
             known = ", ".join(sorted(token.content for token in backend.get_added_tokens_decoder().values())) or "none"
-            raise DataError(f"the tokenizer has no token '{eos}' to end a document with; its special tokens: {known}")
+            raise DataError(
+                f"the tokenizer has no token '{eos}' to end a document with; its special tokens: {known}. Declare the "
+                'one that does in the tokenizer_config.json beside it, as {"eos_token": "..."}, or by hf-import --eos'
+            )
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
         self.backend = backend
         self.eos = eos
         self.eos_id: int = eos_id
+        self.opening = list(opening)
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -137,7 +148,7 @@ class Tokenizer:
             "add_bos_token": False,
             "add_eos_token": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
     @classmethod
@@ -146,25 +157,50 @@ class Tokenizer:
         path = Path(path).expanduser()
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise DataError(f"{file}: no such file; expected a tokenizer.json, or a folder that holds one")
+            raise DataError(f"{file}: no such file; {NO_TOKENIZER.format(folder=file.parent)}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{file}: not a tokenizer.json that the tokenizers library reads: {error}") from error
-        return cls(backend, eos or declared_eos(file.parent) or END_OF_TEXT)
+        return cls(backend, eos or declared(file.parent, "eos_token") or END_OF_TEXT, opening(backend, file.parent))
 
 
-def declared_eos(folder: Path) -> str | None:
-    """The end-of-text token that a Hugging Face folder declares."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        file = folder / name
-        try:
-            declared = json.loads(file.read_text()).get("eos_token") if file.is_file() else None
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{file}: not a JSON object: {error}") from error
-        if declared:
-            return declared["content"] if isinstance(declared, dict) else str(declared)
+def declared(folder: Path, key: str) -> str | None:
+    """The special token, such as `eos_token`, that a Hugging Face folder declares."""
+    for name in (CONFIG_FILE, "special_tokens_map.json"):
+        token = _json(folder / name).get(key)
+        if token:
+            return str(token["content"]) if isinstance(token, dict) else str(token)
     return None
+
+
+def declare_eos(folder: Path, eos: str) -> None:
+    """Have a Hugging Face folder say which token ends a document."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**_json(folder / CONFIG_FILE), "eos_token": eos}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def opening(backend: tokenizers.Tokenizer, folder: Path) -> list[int]:
+    """The ids that a Hugging Face folder has before each text: by `add_bos_token`, else by the post-processor."""
+    asked = _json(folder / CONFIG_FILE).get("add_bos_token")
+    if asked is None:
+        encoding = backend.encode("a", add_special_tokens=True)
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [i for i, _ in takewhile(lambda token: token[1], added)]
+    bos = backend.token_to_id(declared(folder, "bos_token") or "") if asked else None
+    return [] if bos is None else [bos]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; nothing if there is none. Raises DataError."""
+    try:
+        value = json.loads(file.read_text()) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: not a JSON object")
+    return value
 
 
 class TokenizerConfig(Kind):

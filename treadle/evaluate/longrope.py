@@ -49,7 +49,12 @@ def search_divisors(
     attention: str = "auto",
 ) -> LongRopeScalingConfig:
     """The scaling that predicts `batches` best: rows of text that the model was trained on, of the length to reach."""
-    (J,) = {m.rotated // 2 for m in model.modules() if isinstance(m, Rope)}
+    found = {m.rotated // 2 for m in model.modules() if isinstance(m, Rope)}
+    if len(found) != 1:
+        raise ConfigError(
+            f"divisors are searched for one number of rotary frequencies; the model's layers have {found or 'none'}"
+        )
+    (J,) = found
     length = batches[0].tokens_BS.shape[1]
     factor, generator = length / original_length, np.random.default_rng(seed)
 

@@ -1,9 +1,10 @@
 """Published checkpoints in and out: a folder with `config.json` and safetensors, as transformers has it."""
 
 import json
+import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, reduce
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treadle.config import resolve, to_yaml
+from treadle.config import resolve, to_yaml, yaml_io
 from treadle.config.base import nearest
 from treadle.errors import CheckpointError, ConfigError
 from treadle.families.family import Family, find, fitting
@@ -22,6 +23,8 @@ from treadle.families.tensors import Pieces, match, pieces
 from treadle.nn.store import METADATA, SPEC_FILE, allocate, build_meta, open_weights, wide_parameters
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.nn.weights import SHARD_BYTES, WeightsReader, WeightsWriter
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -106,11 +109,17 @@ def load(
 
 
 def convert(
-    folder: Path | str, target: Path | str, *, dtype: torch.dtype | None = None, progress: Progress = _silent
+    folder: Path | str,
+    target: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    imports: Sequence[str] = (),
+    progress: Progress = _silent,
 ) -> TransformerConfig:
     """Rewrite a published checkpoint as a model folder of ours, tensor by tensor; dtype: None keeps each tensor's.
 
-    The family is noted in the weights, for the way back.
+    The family is noted in the weights, for the way back. imports: modules and files that define the family or its
+    blocks, imported already; files are copied, and the folder imports them when it is loaded.
     """
     family, spec, model, reader, parts = open_published(folder)
     wide = {name for name, _ in wide_parameters(model)}
@@ -120,7 +129,10 @@ def convert(
             values = torch.empty(parameter.shape, dtype=stored_as(found, dtype, wide=name in wide))
             fill(values, parts[name], reader)
             writer.add(name, values)
-        writer.beside[SPEC_FILE] = to_yaml(spec)
+        files = {Path(name).name: Path(name).expanduser() for name in imports if name.endswith(".py")}
+        writer.beside |= {name: path.read_text() for name, path in files.items()}
+        named = [Path(name).name if name.endswith(".py") else name for name in imports]
+        writer.beside[SPEC_FILE] = (yaml_io.dump({"imports": named}) if named else "") + to_yaml(spec)
     copy_tokenizer(Path(folder), Path(target) / "tokenizer")
     return spec
 
@@ -196,6 +208,8 @@ def export(
         )
     if tokenizer is not None:
         copy_tokenizer(tokenizer, Path(folder))
+    if model.multi_token is not None:
+        logger.warning("%s: multi_token is left out, as in inference: it serves training alone", folder)
     return chosen
 
 

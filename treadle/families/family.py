@@ -4,7 +4,7 @@ One file of this package declares one family. Its rules work in both directions,
 be read: `Family.config` reads its own result again and refuses a model that would come back different.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -93,6 +93,25 @@ UNEXPECTED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticErro
 DEEPEST = 10_000  # layers; more is a mistake
 
 
+class Watched(Mapping[str, Any]):
+    """A config.json that remembers which of its keys were looked at, for the error if they do not go together."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+        self.seen: dict[str, None] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.config[key]
+        self.seen[key] = None
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.config)
+
+    def __len__(self) -> int:
+        return len(self.config)
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """model, layer: the parts of the spec that all members share, as plain data; the rules fill in the rest.
@@ -141,14 +160,13 @@ class Family:
         layers = [deepcopy(dict(self.layer)) for _ in range(depth)]
         document = {**deepcopy(dict(self.model)), "layers": layers}
         for rule in self.rules:
+            watched = Watched(config)
             try:
-                rule.read(config, document)
-            except ConfigError:
-                raise
+                rule.read(watched, document)
             except UNEXPECTED as error:
-                told = ", ".join(f"{name}={config[name]!r}" for name in rule.names if name in config)
+                told = ", ".join(f"{name}={config[name]!r}" for name in (watched.seen or rule.names) if name in config)
                 raise ConfigError(
-                    f"config.json: {told or type(rule).__name__}: not of the form that '{self.model_type}' expects "
+                    f"config.json: {told or 'values'} of a form that the family '{self.model_type}' does not expect "
                     f"({type(error).__name__}: {error})"
                 ) from error
         return resolve(TransformerConfig, {**document, "layers": fold(document["layers"])})

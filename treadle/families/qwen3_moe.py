@@ -5,7 +5,7 @@ from treadle.families.llama import ATTENTION, BIAS, EMBEDDINGS, EPS, HEAD_DIM, L
 from treadle.families.qwen2_moe import EXPERT_TENSORS, EXPERTS
 from treadle.families.qwen3 import MIXER
 from treadle.families.rope import Rope
-from treadle.families.rules import Activation, Key, Sparse, Windows
+from treadle.families.rules import Activation, Ignored, Key, Sparse, Windows
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -22,6 +22,7 @@ FAMILY = Family(
         Activation("hidden_act", "layers.*.feedforward.activation", default="silu"),
         BIAS,
         Windows(lambda config, layer: True, window=4096, switch="use_sliding_window", typed=False),
+        Ignored("max_window_layers"),  # with windows, all layers have them
         Rope(),
     ),
     tensors={**EMBEDDINGS, **ATTENTION, **NORMS, **EXPERT_TENSORS},

@@ -41,7 +41,7 @@ FAMILY = Family(
         MLP_BIAS,
         NoPositions(),
         Windows(lambda config, layer: not rotates(config, layer), window=None, switch="use_sliding_window"),
-        Ignored(pad_token_id=None),
+        Ignored("max_window_layers", pad_token_id=None),
         Rope(theta=2e6),
     ),
     tensors=TENSORS,

@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import Field, PositiveInt
 
 from treadle.config import Config
-from treadle.data.tokenizer import Tokenizer
+from treadle.data.tokenizer import NO_TOKENIZER, Tokenizer
+from treadle.errors import DataError
 from treadle.inference import generate as sampling
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
@@ -29,9 +30,13 @@ class SampleConfig(Config):
 
 
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: str = "", *, samples: int = 1, **options: Any
+    model: Transformer, tokenizer: Tokenizer | None, prompt: str = "", *, samples: int = 1, **options: Any
 ) -> list[str]:
-    """Continuations of a prompt, each up to its end-of-text token. Options: see `treadle.inference.generate.stream`."""
+    """Continuations of a prompt, each up to its end-of-text token. Options: see `treadle.inference.generate.stream`.
+
+    Raises DataError for a model without tokenizer.
+    """
+    tokenizer = _needed(tokenizer)
     options.setdefault("max_new_tokens", 256)
     tokens: list[list[int]] = [[] for _ in range(samples)]
     ended = [False] * samples
@@ -45,8 +50,9 @@ def generate(
     return [tokenizer.decode(row) for row in tokens]
 
 
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str = "", **options: Any) -> Iterator[str]:
-    """One continuation, piece by piece as it is made; characters are never split."""
+def stream(model: Transformer, tokenizer: Tokenizer | None, prompt: str = "", **options: Any) -> Iterator[str]:
+    """One continuation, piece by piece as it is made; characters are never split. Raises as `generate` does."""
+    tokenizer = _needed(tokenizer)
     options.setdefault("max_new_tokens", 256)
     tokens: list[int] = []
     before, shown = 0, 0  # tokens[before:shown] are shown; decoding them again gives what follows its context
@@ -61,4 +67,11 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompt: str = "", **options
 
 
 def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    return tokenizer.encode(prompt) or [tokenizer.eos_id]
+    """The prompt after what the model expects before a text; where both are nothing, a document's end."""
+    return [*tokenizer.opening, *tokenizer.encode(prompt)] or [tokenizer.eos_id]
+
+
+def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise DataError(f"the model has no tokenizer: {NO_TOKENIZER.format(folder='its folder/tokenizer')}")
+    return tokenizer

@@ -1,7 +1,9 @@
 """Published checkpoints that do not fit, shards, and how much is in memory at a time."""
 
 import json
+import re
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from treadle.config import resolve
 from treadle.errors import CheckpointError, ConfigError
 from treadle.families import checkpoint
-from treadle.families.family import Family, find
+from treadle.families.family import ORDER, Family, families, find, fitting, unrolled
+from treadle.nn.store import load_model
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.nn.weights import INDEX_FILE, WEIGHTS_FILE, WeightsReader, WeightsWriter
 
@@ -234,3 +237,131 @@ def test_the_description_is_written_after_the_weights(folder: Path, monkeypatch:
         checkpoint.convert(folder, folder / "ours")
     assert (folder / "config.json").read_text() == before
     assert not list((folder / "ours").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size='64'"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"rope_parameters": "linear"}, "rope_parameters='linear'"),
+        ({"model_type": ["llama"]}, r"unknown family \['llama'\]"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers: '3' is no number of layers"),
+        ({"hidden_sizes": 16}, r"hidden_sizes=16 \(Did you mean 'hidden_size'\?\)"),
+        ({"quantization_config": "fp8"}, "quantization_config: 'fp8' is no JSON object"),
+    ],
+)
+def test_values_of_another_form_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(folder)
+
+
+WILD = (None, True, False, 0, 1, -3, 10**30, 1.5, float("nan"), float("inf"), "", "64", "linear", [], [1], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: str(family.model_type))
+def test_any_value_of_any_key_is_a_spec_or_an_error_of_ours(family: Family) -> None:
+    known = {family.depth, "model_type", "quantization_config", *(name for rule in family.rules for name in rule.names)}
+    usual: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
+    usual |= {"n_embd": 32, "n_head": 4, "d_model": 32, "n_heads": 4, "max_position_embeddings": 64}
+    usual |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_local_experts": 4}
+    base = {key: value for key, value in usual.items() if key in known} | {family.depth: 2}
+    for key in sorted(known):
+        for value in WILD:
+            config = {"model_type": family.model_type, **base, key: value}
+            with suppress(ConfigError):
+                find(config).spec(config)
+
+
+def test_keys_that_mean_nothing_are_passed_by(folder: Path) -> None:
+    edit(folder, _attn_implementation_autoset=True, unsloth_version="2024.9", unsloth_fixed=True, _of_tomorrow=3)
+    checkpoint.load(folder)
+
+
+def test_fp8_with_one_scale_for_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = (tensors[name] * 100).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.tensor(0.01)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    edit(folder, quantization_config={"quant_method": "fp8", "weight_block_size": None})
+    expected = (tensors[name].float() * 0.01).bfloat16().float()
+    assert torch.equal(checkpoint.load(folder).get_parameter("layers.0.feedforward.down.weight"), expected)
+    tensors[f"{name}_scale_inv"] = torch.ones(3, 2)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    with pytest.raises(CheckpointError, match=r"_scale_inv is \(3, 2\), where blocks of \(128, 128\) make \(1, 1\)"):
+        checkpoint.load(folder)
+
+
+def test_another_mixer_is_said_plainly() -> None:
+    spec = resolve(TransformerConfig, {**SPEC, "layers": [{**LAYER, "mixer": {"kind": "gated_delta", "heads": 2}}]})
+    for family in families():
+        with pytest.raises(ConfigError, match=r"layers\[0\].mixer is of the kind 'gated_delta', where this family has"):
+            family.config(spec)
+
+
+def test_an_explicit_scale_that_is_the_usual_one_can_be_said() -> None:
+    latent = {"kind": "latent_attention", "heads": 2, "kv_rank": 8, "nope_dim": 8, "rope_dim": 8, "value_dim": 8}
+    latent["position"] = {"kind": "rope", "layout": "interleaved"}
+    for scale, fits in ((0.25, True), (0.3, False)):
+        spec = resolve(TransformerConfig, {**SPEC, "layers": [{**LAYER, "mixer": {**latent, "scale": scale}}]})
+        assert ("deepseek_v3" in [family.model_type for family in fitting(spec)]) == fits
+
+
+DOCS, RECIPES = (Path(__file__).parents[3] / name for name in ("docs/families.md", "recipes/models"))
+
+
+def test_the_order_of_families_is_that_of_the_documentation() -> None:
+    rows = [line.split("|")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == ORDER
+    assert [family.model_type for family in families() if family.model_type in ORDER] == ORDER
+
+
+DEFAULT = {
+    "llama-3.1-8b": "llama",
+    "mistral-7b": "mistral",
+    "mixtral-8x7b": "mixtral",
+    "qwen2.5-7b": "qwen2",
+    "qwen1.5-moe-a2.7b": "qwen2_moe",
+    "qwen3-8b": "qwen3",
+    "qwen3-30b-a3b": "qwen3_moe",
+    "gemma-2-2b": "gemma2",
+    "gemma-3-1b": "gemma3_text",
+    "phi-3-mini-4k": "mistral",  # the two say the same; an imported one knows better
+    "smollm3-3b": "smollm3",
+    "granite-3.0-2b": "granite",
+    "olmo-7b": "olmo",
+    "olmo-2-7b": "olmo2",
+    "olmoe-1b-7b": "olmoe",
+    "stablelm-2-1.6b": "stablelm",
+    "gpt2": "gpt2",
+    "pythia-1b": "gpt_neox",
+    "falcon-7b": "falcon",
+    "bloom-560m": "bloom",
+    "mpt-7b": "mpt",
+    "opt-1.3b": "opt",
+    "gpt-oss-20b": "gpt_oss",
+    "deepseek-v2": "deepseek_v2",
+    "deepseek-v3": "deepseek_v3",
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: str(path.stem))
+def test_a_published_size_is_written_as_a_family_that_reads_it_again(path: Path) -> None:
+    spec = resolve(TransformerConfig, path)
+    chosen = checkpoint.choose(spec, None)
+    assert chosen.model_type == DEFAULT.get(path.stem, chosen.model_type)
+    again = find(chosen.config(spec)).spec(chosen.config(spec))
+    assert unrolled(again) == unrolled(spec)
+    assert checkpoint.choose(again, None) is chosen
+
+
+def test_an_imported_folder_is_written_as_the_family_it_was(folder: Path, tmp_path: Path) -> None:
+    edit(folder, model_type="mistral", sliding_window=None, attention_bias=None, mlp_bias=None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    checkpoint.convert(folder, tmp_path / "ours")
+    assert checkpoint.save_folder(tmp_path / "ours", tmp_path / "out").model_type == "mistral"
+    assert checkpoint.save(load_model(tmp_path / "ours"), tmp_path / "by-order").model_type == "llama"
+    assert checkpoint.save_folder(tmp_path / "ours", tmp_path / "named", family="llama").model_type == "llama"
