@@ -7,7 +7,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from treadle.attention import flash, flex, reference, sdpa
+from treadle.attention import context_parallel, flash, flex, reference, sdpa
 from treadle.attention.context import AttentionContext
 from treadle.attention.facts import AttentionFacts
 from treadle.config.base import nearest
@@ -28,10 +28,13 @@ def attend(
 
     q_BSHK, k_BTGK, v_BTGV -> out_BSHV, with H a multiple of G (grouped queries); V may differ from K. sinks_H: one
     logit per head, given exactly when `facts.sinks`. Raises ConfigError when the backend that `context.backend` names
-    cannot compute these facts; a named backend is never replaced by another.
+    cannot compute these facts; a named backend is never replaced by another. Where rows are cut over ranks (`parts` of
+    the context), q, k and v are of this rank's tokens, and so is the output.
     """
     if facts.sinks != (sinks_H is not None):
         raise ValueError(f"facts.sinks is {facts.sinks}, sinks_H is {'missing' if sinks_H is None else 'given'}")
+    if context.parts is not None:
+        return context_parallel.attend(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H, attend)
     backend = BACKENDS[choose(q_BSHK, facts, context, v_BTGV.shape[-1])]
     return backend.attend(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H)
 

@@ -21,6 +21,8 @@ class AttentionFacts:
     softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118); None leaves them.
     alibi: alibi * slope * (i - j) is taken from each score, after the softcap, with a slope per head; 1 is the paper's
         (arXiv:2108.12409), 0 none.
+    heads: of the queries, the number of the first and of all there are, where a rank computes only some; None: all.
+        ALiBi asks, whose slopes are not alike.
     sinks: one learned logit per head joins each softmax and carries no value (GPT-OSS, arXiv:2508.10925): its tensor is
         the last argument of `attend`. The softcap and ALiBi do not touch it.
     """
@@ -30,6 +32,7 @@ class AttentionFacts:
     softcap: float | None = None
     alibi: float = 0.0
     sinks: bool = False
+    heads: tuple[int, int] | None = None
 
     def keys_seen(self, length: float) -> float:
         """How many keys a query sees on average, causal, in a document of `length` tokens (for FLOPs: half of all)."""
@@ -41,14 +44,17 @@ class AttentionFacts:
 def visible(facts: AttentionFacts, context: AttentionContext, keys: int) -> Tensor:
     """Which key each query may see.  -> bool_BST
 
-    Without a cache the keys are the queries' own tokens. With a cache the key at index j has position j.
+    The keys are the queries' own tokens, or what `context.keys` says; with a cache the key at index j has position j.
     """
     q_position_BS1, k_position_B1T = _positions(context, keys)
+    q_documents_BS, k_documents_BT = context.documents_BS, context.documents_BS
+    if context.keys is not None:
+        k_documents_BT = context.keys.documents_BT
     mask_BST = k_position_B1T <= q_position_BS1
     if facts.window is not None:
         mask_BST &= k_position_B1T > q_position_BS1 - facts.window
-    if context.documents_BS is not None:
-        mask_BST &= context.documents_BS[:, :, None] == context.documents_BS[:, None, :]
+    if q_documents_BS is not None and k_documents_BT is not None:
+        mask_BST = mask_BST & (q_documents_BS[:, :, None] == k_documents_BT[:, None, :])
     return mask_BST
 
 
@@ -63,16 +69,29 @@ def alibi_slopes(heads: int, device: torch.device | None = None, dtype: torch.dt
     return torch.exp2(-torch.where(head_H < n, 8 * (head_H + 1) / n, 4 * (2 * (head_H - n) + 1) / n)).to(dtype)
 
 
+def head_slopes(
+    facts: AttentionFacts, heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """What these facts take from a score per token of distance, for the `heads` that are here.  -> slopes_H"""
+    first, count = facts.heads or (0, heads)
+    return facts.alibi * alibi_slopes(count, device, dtype)[first : first + heads]
+
+
 def alibi_bias(facts: AttentionFacts, heads: int, context: AttentionContext, keys: int, dtype: torch.dtype) -> Tensor:
     """What ALiBi adds to the scores: -alibi * slope * (i - j).  -> bias_BHST"""
     q_position_BS1, k_position_B1T = _positions(context, keys)
     distance_BST = q_position_BS1 - k_position_B1T
-    slopes_H = facts.alibi * alibi_slopes(heads, distance_BST.device, dtype)
+    slopes_H = head_slopes(facts, heads, distance_BST.device, dtype)
     return -slopes_H[:, None, None] * distance_BST[:, None]
 
 
 def _positions(context: AttentionContext, keys: int) -> tuple[Tensor, Tensor]:
-    """Of queries and keys, shaped so that they meet.  -> q_position_BS1, k_position_B1T"""
+    """Of queries and keys, shaped so that they meet (B may be 1).  -> q_position_BS1, k_position_B1T
+
+    Only differences count, and within a document those of places in the row are those of positions.
+    """
+    if context.keys is not None:
+        return context.keys.query_places_S[None, :, None], context.keys.places_T[None, None, :]
     q_position_BS1 = context.positions_BS[:, :, None]
     if context.cache is None:
         return q_position_BS1, context.positions_BS[:, None, :]

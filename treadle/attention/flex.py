@@ -1,6 +1,6 @@
 """Attention through `flex_attention` (CUDA): every fact that the reference knows, at near-flash speed.
 
-B batch, S sequence, H heads, G key-value heads, K head dim, V value dim, C number of 128-token chunks in a row.
+B batch, S sequence, H heads, G key-value heads, K head dim, V value dim, T keys, C number of 128-token chunks.
 """
 
 import functools
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from treadle.attention.context import AttentionContext
-from treadle.attention.facts import AttentionFacts, alibi_slopes
+from treadle.attention.facts import AttentionFacts, head_slopes
 
 CHUNK = 128
 
@@ -41,7 +41,7 @@ def attend(
         q_BSHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGV.transpose(1, 2),
-        score_mod=_score_mod(facts, q_BSHK),
+        score_mod=_score_mod(facts, q_BSHK, context),
         block_mask=block_mask(facts, context),
         scale=facts.scale,
         enable_gqa=q_BSHK.shape[2] != k_BSGK.shape[2],
@@ -55,18 +55,19 @@ def attend(
     return (result[0] * share_BHS1).to(q_BSHK.dtype).transpose(1, 2)
 
 
-def _score_mod(facts: AttentionFacts, q_BSHK: Tensor) -> Callable[..., Tensor] | None:
+def _score_mod(facts: AttentionFacts, q_BSHK: Tensor, context: AttentionContext) -> Callable[..., Tensor] | None:
     """What happens to a scaled score before the softmax, as flex wants it."""
     if facts.softcap is None and not facts.alibi:
         return None
-    softcap = facts.softcap
-    slopes_H = facts.alibi * alibi_slopes(q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
+    softcap, keys = facts.softcap, context.keys
+    slopes_H = head_slopes(facts, q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
 
     def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        if slopes_H is not None:
-            score = score - slopes_H[h] * (q - k)  # within a document, a distance of indices is one of positions
+        if slopes_H is not None:  # within a document, a distance of indices is one of positions
+            distance = q - k if keys is None else keys.query_places_S[q] - keys.places_T[k]
+            score = score - slopes_H[h] * distance
         return score
 
     return change
@@ -80,29 +81,43 @@ def _compiled() -> Callable[..., Tensor]:
 def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
     """The mask as flex wants it: which 128 x 128 chunks to visit, and a function for the elements inside.
 
-    Which chunks to visit follows from each chunk's first and last document and position, so it costs O(C^2) and not
+    Which chunks to visit follows from the places and documents that each chunk reaches over, so it costs O(C^2) and not
     O(S^2): a chunk pair is skipped when no pair of its tokens can see each other.
     """
-    documents_BS, positions_BS, window = context.documents_BS, context.positions_BS, facts.window
-    B, S = positions_BS.shape
+    documents_BS, window, keys = context.documents_BS, facts.window, context.keys
+    B, S = context.positions_BS.shape
+    index_S = torch.arange(S, device=context.positions_BS.device, dtype=torch.int32)
+    q_place_S, k_place_T = (index_S, index_S) if keys is None else (keys.query_places_S, keys.places_T)
+    k_documents_BT = documents_BS if keys is None else keys.documents_BT
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        keep = k <= q  # within a document, order of index is order of position
+        # Within a document, order of place is order of position.
+        q_place, k_place = (q, k) if keys is None else (keys.query_places_S[q], keys.places_T[k])
+        keep = k_place <= q_place
         if window is not None:
-            keep = keep & (k > q - window)
-        if documents_BS is not None:
-            keep = keep & (documents_BS[b, q] == documents_BS[b, k])
+            keep = keep & (k_place > q_place - window)
+        if documents_BS is not None and k_documents_BT is not None:
+            keep = keep & (documents_BS[b, q] == k_documents_BT[b, k])
         return keep
 
-    C = -(-S // CHUNK)
-    chunk = torch.arange(C, device=positions_BS.device)
-    visit_BCC = (chunk[:, None] >= chunk[None, :])[None].expand(B, C, C)
+    q_first_C, q_last_C = (place_1C[0, :, None] for place_1C in _reach(q_place_S[None]))
+    k_first_C, k_last_C = (place_1C[0, None, :] for place_1C in _reach(k_place_T[None]))
+    visit_BCC = (k_first_C <= q_last_C)[None].expand(B, -1, -1)
     if window is not None:
-        visit_BCC = visit_BCC & ((chunk[None, :] + 1) * CHUNK > chunk[:, None] * CHUNK - window + 1)
-    if documents_BS is not None:
-        padded_BCL = torch.nn.functional.pad(documents_BS, (0, C * CHUNK - S), mode="replicate").view(B, C, CHUNK)
-        first_BC, last_BC = padded_BCL[..., 0], padded_BCL[..., -1]
-        visit_BCC = visit_BCC & (first_BC[:, :, None] <= last_BC[:, None, :])
+        visit_BCC = visit_BCC & (k_last_C > q_first_C - window)
+    if documents_BS is not None and k_documents_BT is not None:
+        (q_first_BC, q_last_BC), (k_first_BC, k_last_BC) = _reach(documents_BS), _reach(k_documents_BT)
+        visit_BCC = visit_BCC & (q_first_BC[:, :, None] <= k_last_BC[:, None, :])
+        visit_BCC = visit_BCC & (k_first_BC[:, None, :] <= q_last_BC[:, :, None])
     counts_BHC = visit_BCC.sum(-1, dtype=torch.int32)[:, None]
     order_BHCC = visit_BCC.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[:, None]
-    return BlockMask.from_kv_blocks(counts_BHC, order_BHCC, BLOCK_SIZE=CHUNK, mask_mod=sees, seq_lengths=(S, S))
+    lengths = S, k_place_T.shape[0]
+    return BlockMask.from_kv_blocks(counts_BHC, order_BHCC, BLOCK_SIZE=CHUNK, mask_mod=sees, seq_lengths=lengths)
+
+
+def _reach(values_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value of each 128-token chunk.  -> least_BC, largest_BC"""
+    B, S = values_BS.shape
+    C = -(-S // CHUNK)
+    padded_BCL = torch.nn.functional.pad(values_BS, (0, C * CHUNK - S), mode="replicate").view(B, C, CHUNK)
+    return padded_BCL.amin(-1), padded_BCL.amax(-1)
