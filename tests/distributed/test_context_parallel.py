@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_zoo import ATTENTION, LATENT, MODELS, MOE, assert_same_step, layer, spec, step_of
+from distributed_zoo import assert_same_step, step_of, step_on_ranks
 from harness import meshed, run
 
 from treadle.attention import AttentionContext, AttentionFacts, attend
-from treadle.parallel.config import ParallelConfig
 from treadle.parallel.context import parts_of
 from treadle.parallel.mesh import Mesh
 
@@ -59,7 +58,9 @@ def attentions(sizes: dict[str, Any], methods: list[str], names: list[str]) -> d
     with meshed(**sizes) as mesh:
         for method, order, name in itertools.product(methods, ("zigzag", "contiguous"), names):
             cut = replace(mesh, layout=replace(mesh.layout, context_method=method, context_order=order))
-            backends = ["reference"] if method == "ring" or ATTENTIONS[name][0].get("softcap") else ["reference", "sdpa"]
+            backends = (
+                ["reference"] if method == "ring" or ATTENTIONS[name][0].get("softcap") else ["reference", "sdpa"]
+            )
             for backend in backends:
                 try:
                     found[method, order, name, backend] = parts_of(cut), attention(name, cut, backend)
@@ -71,7 +72,7 @@ def attentions(sizes: dict[str, Any], methods: list[str], names: list[str]) -> d
 def assert_same_attention(ranks: int, methods: list[str], names: list[str]) -> float:
     results, largest = run(attentions, ranks, {"context": ranks, "shard": 1}, methods, names), 0.0
     for case in results[0]:
-        method, order, name, backend = case
+        method, _, name, _ = case
         if method == "ulysses" and name == "mqa":
             assert f"deals heads to {ranks} ranks, which does not divide kv_heads=1" in results[0][case]
             continue
@@ -97,3 +98,43 @@ def test_attention_on_two_ranks():
 
 def test_attention_on_four_ranks():
     assert_same_attention(4, ["gather", "ring", "ulysses"], ["causal", "documents", "borders", "all", "mqa"])
+
+
+CP2, CP4 = {"context": 2, "shard": 1}, {"context": 4, "shard": 1}
+RING, ULYSSES, CONTIGUOUS = {"context_method": "ring"}, {"context_method": "ulysses"}, {"context_order": "contiguous"}
+FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+# model, ranks, sizes, rows at a time, changes to the training section
+STEPS: dict[str, tuple[str, int, dict[str, Any], int, dict[str, Any]]] = {
+    "facts": ("facts", 2, CP2, 4, {}),
+    "facts-contiguous": ("facts", 2, CP2 | CONTIGUOUS, 8, {}),
+    "facts-ring": ("facts", 2, CP2 | RING, 8, {}),
+    "facts-ulysses": ("facts", 2, CP2 | ULYSSES, 8, {}),
+    "mqa": ("mqa", 2, CP2, 8, {}),
+    "mqa-ring": ("mqa", 2, CP2 | RING | CONTIGUOUS, 8, {}),
+    "latent": ("latent", 2, CP2, 8, {}),
+    "latent-ring": ("latent", 2, CP2 | RING, 8, {}),
+    "latent-ulysses": ("latent", 2, CP2 | ULYSSES, 8, {}),
+    "lengths": ("lengths", 2, CP2, 8, {}),
+    "further": ("further", 2, CP2, 4, {}),
+    "further-contiguous": ("further", 2, CP2 | CONTIGUOUS, 8, {}),
+    "moe": ("even", 2, CP2, 4, {}),
+    "four": ("facts", 4, CP4, 8, {}),
+    "four-ring": ("facts", 4, CP4 | RING, 8, {}),
+    "fsdp": ("plain", 4, {"context": 2}, 2, {}),
+    "fsdp-latent-ring": ("latent", 4, {"context": 2} | RING, 4, {}),
+    "hsdp": ("plain", 4, {"context": 2, "replicate": 2}, 4, {}),
+    "recompute": ("facts", 2, CP2, 8, FULL),
+    "recompute-ring": ("plain", 2, CP2 | RING, 8, SELECTIVE),
+    "recompute-ulysses": ("plain", 2, CP2 | ULYSSES, 8, SELECTIVE),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_one_step_is_that_of_one_process(case):
+    model, ranks, sizes, rows, changes = STEPS[case]
+    expected = step_of(model, Mesh(), rows, **changes)
+    found = run(step_on_ranks, ranks, model, rows, {}, sizes, seconds=120)
+    assert sum(step["here"] for step in found) == expected["tokens"]
+    expected["metrics"].pop("balance_loss", None)  # of each rank's part, as it is of each micro-batch
+    for step in found:
+        assert_same_step(step, expected)

@@ -6,4 +6,14 @@ from treadle.attention.context_parallel import gathered, joined
 from treadle.attention.dispatch import BACKENDS, attend, choose
 from treadle.attention.facts import AttentionFacts
 
-__all__ = ["BACKENDS", "AttentionContext", "AttentionFacts", "Cache", "TokenCache", "attend", "choose", "gathered", "joined"]
+__all__ = [
+    "BACKENDS",
+    "AttentionContext",
+    "AttentionFacts",
+    "Cache",
+    "TokenCache",
+    "attend",
+    "choose",
+    "gathered",
+    "joined",
+]

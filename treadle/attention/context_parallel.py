@@ -13,6 +13,7 @@ N heads of either kind on this rank, X whatever a token has.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as collectives
@@ -27,8 +28,8 @@ from treadle.errors import ConfigError
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionFacts, AttentionContext, Tensor | None], Tensor]
 
 # torch 2.13 | 2.11; the old name warns on every call of the new version.
-_all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-_all_gather_plain = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_all_gather: Any = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
+_all_gather_plain: Any = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
 
 def attend(
@@ -46,28 +47,32 @@ def attend(
     """
     parts = parts_of(context)
     if parts.method == "gather":
-        context, k_BTGK, v_BTGV = gathered(context, k_BSGK, v_BSGV)
+        context, (k_BTGK, v_BTGV) = gathered(context, k_BSGK, v_BSGV)
         return local(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H)
     if parts.method == "ring":
         return ring.attend(q_BSHK, k_BSGK, v_BSGV, facts, context, sinks_H)
     return _ulysses(q_BSHK, k_BSGK, v_BSGV, facts, context, sinks_H, local)
 
 
-def gathered(context: AttentionContext, *tensors: Tensor) -> tuple[AttentionContext, *tuple[Tensor, ...]]:
+def gathered(context: AttentionContext, *tensors: Tensor) -> tuple[AttentionContext, list[Tensor]]:
     """Of what keys and values are made of, all ranks' x_BTX in rank order, and the context to attend to them with.
 
     All as it is where rows are not cut, or the method does not gather.
     """
     if context.parts is None or context.parts.method != "gather":
-        return context, *tensors
+        return context, list(tensors)
     parts = parts_of(context)
     started = [_all_gather(x_BSX.contiguous(), 1, parts.group) for x_BSX in tensors]  # side by side
-    device, whole = context.positions_BS.device, context.whole
-    place_T = torch.arange(whole.positions_BS.shape[1], device=device, dtype=torch.int32)
+    return in_rank_order(context), [collectives.wait_tensor(x_BTX) for x_BTX in started]
+
+
+def in_rank_order(context: AttentionContext) -> AttentionContext:
+    """The context of this rank's queries and all ranks' keys, as they come out of a gather."""
+    parts, whole = parts_of(context), context.whole
+    place_T = torch.arange(whole.positions_BS.shape[1], device=context.positions_BS.device, dtype=torch.int32)
     documents_BT = None if whole.documents_BS is None else parts.to_rank_order(whole.documents_BS)
     keys = Keys(parts.cut(place_T, dim=0), parts.to_rank_order(place_T, dim=0), documents_BT)
-    context = replace(context, parts=None, whole=None, keys=keys)
-    return context, *(collectives.wait_tensor(x_BTX) for x_BTX in started)
+    return replace(context, parts=None, whole=None, keys=keys)
 
 
 def joined(values_BS: Tensor, context: AttentionContext) -> Tensor:
@@ -135,4 +140,5 @@ def _to_tokens(x_BTNV: Tensor, parts: Parts) -> Tensor:
 
 def _exchange(x_C: Tensor, parts: Parts) -> Tensor:
     """x_C[r] goes to rank r; what came from it takes its place."""
-    return collectives.all_to_all_single_autograd(x_C.contiguous(), None, None, parts.group)  # type: ignore[no-any-return]
+    group: Any = parts.group
+    return collectives.all_to_all_single_autograd(x_C.contiguous(), None, None, group)

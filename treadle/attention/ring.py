@@ -227,7 +227,9 @@ class _Pairs:
         facts = AttentionFacts(scale=scale, window=window, softcap=softcap, alibi=alibi, heads=first_and_all)
         parts, (B, S, H, _) = Parts("ring", order, *where), q_BSHK.shape
         chunk = S // parts.each
-        return cls(facts, parts, documents_BT, q_BSHK.device, chunk, max(1, min(chunk, PIECE_ELEMENTS // (B * H * chunk))))
+        return cls(
+            facts, parts, documents_BT, q_BSHK.device, chunk, max(1, min(chunk, PIECE_ELEMENTS // (B * H * chunk)))
+        )
 
     def seen(self, source: int) -> Iterator[_Pair]:
         """By the keys of rank `source`. Later chunks are never seen; nor are those that no window reaches back to.
@@ -248,11 +250,14 @@ class _Pairs:
                     yield _Pair(*held, self.facts, self._context(queries, keys))
 
     def _context(self, queries: slice, keys: slice) -> AttentionContext:
-        places = [torch.arange(x.start, x.stop, device=self.device, dtype=torch.int32) for x in (queries, keys)]
+        query_places, key_places = (
+            torch.arange(x.start, x.stop, device=self.device, dtype=torch.int32) for x in (queries, keys)
+        )
+        positions = query_places[None]  # not asked for: masks and biases look at places
         if self.documents_BT is None:
-            return AttentionContext(places[0][None], keys=Keys(*places))
-        documents = self.documents_BT[:, queries], self.documents_BT[:, keys]
-        return AttentionContext(places[0][None], documents[0], keys=Keys(*places, documents[1]))
+            return AttentionContext(positions, keys=Keys(query_places, key_places))
+        query_documents, key_documents = self.documents_BT[:, queries], self.documents_BT[:, keys]
+        return AttentionContext(positions, query_documents, keys=Keys(query_places, key_places, key_documents))
 
 
 class _Travel:

@@ -95,7 +95,9 @@ def check_layout(
 ) -> Layout:
     """The layout for `world` processes, if model and batch can be cut like this.
 
-    sequence_length: of the rows; None where that is not known yet, and left to `own_part`. Needs no process group. Raises one ConfigError with everything that does not fit, each with its nearest fix.
+    sequence_length: of the rows; None where it is not known yet, and left to `own_part`.
+
+    Needs no process group. Raises one ConfigError with everything that does not fit, each with its nearest fix.
     """
     layout = config.layout(world)
     problems = [*_problems(config, layout, model, batch_size), *context_problems(layout, model, sequence_length)]

@@ -41,7 +41,8 @@ def forward_backward(
 ) -> StepResult:
     """Add the gradient of sum(loss) / valid tokens, over all micro-batches of a step, to the parameters' `.grad`.
 
-    batches: this process's rows of the step, whole where the mesh cuts them over ranks (`own_part`). Sums and means are over all processes of the mesh, and so is the gradient.
+    batches: this process's rows of the step, whole where the mesh cuts them over ranks (`own_part`).
+    Sums and means are over all processes of the mesh, and so is the gradient.
 
     Mixtures of experts add the gradient of their own losses, which `loss` does not count (`treadle.train.routing`).
     loss_scale multiplies the gradient only (fp16). Raises ValueError when no token at all counts.
