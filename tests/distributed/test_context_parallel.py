@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_zoo import assert_same_step, step_of, step_on_ranks
+import torch.distributed._functional_collectives as collectives
+from distributed_zoo import MODELS, assert_same_step, loader, step_of, step_on_ranks, training
 from harness import meshed, run
 
 from treadle.attention import AttentionContext, AttentionFacts, attend
+from treadle.errors import ConfigError
+from treadle.evaluate.accuracy import evaluate_accuracy
+from treadle.evaluate.perplexity import evaluate_perplexity
+from treadle.kernels.linear_cross_entropy import IGNORED
+from treadle.nn.config import MixerConfig
+from treadle.parallel import compile as module
 from treadle.parallel.context import parts_of
 from treadle.parallel.mesh import Mesh
+from treadle.train.setup import build_model
 
 T, K = 32, 8
 ALL = {"window": 7, "softcap": 3.0, "alibi": 1.0, "sinks": True, "scale": 0.3}
@@ -103,6 +111,7 @@ def test_attention_on_four_ranks():
 CP2, CP4 = {"context": 2, "shard": 1}, {"context": 4, "shard": 1}
 RING, ULYSSES, CONTIGUOUS = {"context_method": "ring"}, {"context_method": "ulysses"}, {"context_order": "contiguous"}
 FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+COMPILED = {"compile": True}
 # model, ranks, sizes, rows at a time, changes to the training section
 STEPS: dict[str, tuple[str, int, dict[str, Any], int, dict[str, Any]]] = {
     "facts": ("facts", 2, CP2, 4, {}),
@@ -125,16 +134,91 @@ STEPS: dict[str, tuple[str, int, dict[str, Any], int, dict[str, Any]]] = {
     "hsdp": ("plain", 4, {"context": 2, "replicate": 2}, 4, {}),
     "recompute": ("facts", 2, CP2, 8, FULL),
     "recompute-ring": ("plain", 2, CP2 | RING, 8, SELECTIVE),
+    "compiled": ("facts", 2, CP2, 8, COMPILED),
+    "compiled-ring": ("plain", 2, CP2 | RING, 8, COMPILED | SELECTIVE),
+    "compiled-ulysses": ("plain", 2, CP2 | ULYSSES, 8, COMPILED | FULL),
+    "compiled-latent-fsdp": ("latent", 4, {"context": 2}, 4, COMPILED | FULL),
     "recompute-ulysses": ("plain", 2, CP2 | ULYSSES, 8, SELECTIVE),
 }
+
+
+def steps(model: str, rows: int, sizes: dict[str, Any], changes: dict[str, Any]) -> Any:
+    module.compile_layers.__kwdefaults__["backend"] = "aot_eager"
+    found = step_on_ranks(model, rows, {}, sizes, **changes)
+    broken = torch._dynamo.utils.counters["graph_break"]
+    assert not broken, f"compiled in pieces: {dict(broken)}"
+    assert not changes.get("compile") or torch._dynamo.utils.counters["frames"]["ok"], "nothing was compiled"
+    return found
 
 
 @pytest.mark.parametrize("case", STEPS)
 def test_one_step_is_that_of_one_process(case):
     model, ranks, sizes, rows, changes = STEPS[case]
-    expected = step_of(model, Mesh(), rows, **changes)
-    found = run(step_on_ranks, ranks, model, rows, {}, sizes, seconds=120)
+    expected = step_of(model, Mesh(), rows)
+    found = run(steps, ranks, model, rows, sizes, changes, seconds=120)
     assert sum(step["here"] for step in found) == expected["tokens"]
     expected["metrics"].pop("balance_loss", None)  # of each rank's part, as it is of each micro-batch
     for step in found:
         assert_same_step(step, expected)
+
+
+def evaluated(model: str, mesh: Mesh) -> tuple[Any, ...]:
+    built = build_model(MODELS[model], training(), seed=0, mesh=mesh)
+    batches = loader(mesh).micro_batches(0, 3)
+    # What it would say by itself is right about a token in 64: each second target becomes what the model says.
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            answers_BS = built(batch.tokens_BS, batch.context).argmax(-1)
+            asked_BS = batch.targets_BS != IGNORED
+            asked_BS[index:, ::2] = False
+            batches[index] = replace(batch, targets_BS=torch.where(asked_BS, answers_BS, batch.targets_BS))
+    accuracy = evaluate_accuracy(built, batches, mesh=mesh)
+    perplexity: Any = evaluate_perplexity(built, batches, 100, mesh=mesh)  # type: ignore[arg-type]
+    return accuracy, perplexity.nats, perplexity.tokens
+
+
+def evaluated_on_ranks(model: str, sizes: dict[str, Any]) -> tuple[Any, ...]:
+    with meshed(**sizes) as mesh:
+        return evaluated(model, mesh)
+
+
+def test_evaluations_are_those_of_one_process():
+    accuracy, nats, tokens = evaluated("plain", Mesh())
+    assert 0 < accuracy.correct < accuracy.answers
+    assert 0 < accuracy.rows_correct < accuracy.rows
+    for found in run(evaluated_on_ranks, 2, "plain", CP2):
+        assert found[0] == accuracy
+        assert found[1] == pytest.approx(nats, rel=1e-6)
+        assert found[2] == tokens
+
+
+def refused(model: str) -> str:
+    with meshed(context=2) as mesh:
+        try:
+            build_model(MODELS[model], training(), seed=0, mesh=mesh)
+        except ConfigError as error:
+            return str(error)
+    return "built"
+
+
+def test_a_mixer_that_needs_whole_rows_is_not_built():
+    """It would train without a word, each part of a row as a row of its own."""
+    assert run(refused, 2, "delta") == ["parallel.context: 2, but gated_delta needs whole rows; set it to 1"] * 2
+
+
+def test_mixers_need_whole_rows_unless_they_say_otherwise():
+    kinds = {cls.__name__ for cls in MixerConfig.__subclasses__() if cls.in_parts}
+    assert MixerConfig.in_parts is False
+    assert {"AttentionConfig", "LatentAttentionConfig"} <= kinds
+
+
+def test_names_of_pytorch_that_are_used():
+    """Those of 2.11 or those of 2.13."""
+    for names in (
+        ("all_gather_single_autograd", "all_gather_tensor_autograd"),
+        ("all_gather_single", "all_gather_tensor"),
+        ("all_to_all_single_autograd",),
+        ("wait_tensor",),
+    ):
+        assert any(hasattr(collectives, name) for name in names), names
+    assert callable(torch.distributed.distributed_c10d._resolve_process_group)

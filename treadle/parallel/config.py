@@ -84,7 +84,7 @@ class Layout:
 
 # What a recipe may ask for, and this version cannot do. A size above one is refused.
 MISSING = {
-    "pipeline": "pipeline stages",
+    "pipeline": "pipeline parallelism",
     "tensor": "tensor parallelism",
     "expert": "expert parallelism",
 }
@@ -132,7 +132,7 @@ def _problems(
         yield "parallel.cpu_offload", "it needs at least two processes"
     for key, what in MISSING.items():
         if getattr(layout, key) > 1:
-            yield f"parallel.{key}", f"{getattr(layout, key)}, but {what} does not exist yet; set it to 1"
+            yield f"parallel.{key}", f"{getattr(layout, key)}, but there is no {what} yet; set it to 1"
 
 
 def context_problems(
