@@ -59,14 +59,15 @@ def _score_mod(facts: AttentionFacts, q_BSHK: Tensor, context: AttentionContext)
     """What happens to a scaled score before the softmax, as flex wants it."""
     if facts.softcap is None and not facts.alibi:
         return None
-    softcap, keys = facts.softcap, context.keys
+    softcap, cut = facts.softcap, context.keys is not None
+    q_place_S, k_place_T = _places(context)
     slopes_H = head_slopes(facts, q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
 
     def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         if slopes_H is not None:  # within a document, a distance of indices is one of positions
-            distance = q - k if keys is None else keys.query_places_S[q] - keys.places_T[k]
+            distance = q_place_S[q] - k_place_T[k] if cut else q - k
             score = score - slopes_H[h] * distance
         return score
 
@@ -86,13 +87,12 @@ def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
     """
     documents_BS, window, keys = context.documents_BS, facts.window, context.keys
     B, S = context.positions_BS.shape
-    index_S = torch.arange(S, device=context.positions_BS.device, dtype=torch.int32)
-    q_place_S, k_place_T = (index_S, index_S) if keys is None else (keys.query_places_S, keys.places_T)
-    k_documents_BT = documents_BS if keys is None else keys.documents_BT
+    q_place_S, k_place_T = _places(context)
+    k_documents_BT, cut = (documents_BS, False) if keys is None else (keys.documents_BT, True)
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         # Within a document, order of place is order of position.
-        q_place, k_place = (q, k) if keys is None else (keys.query_places_S[q], keys.places_T[k])
+        q_place, k_place = (q_place_S[q], k_place_T[k]) if cut else (q, k)
         keep = k_place <= q_place
         if window is not None:
             keep = keep & (k_place > q_place - window)
@@ -113,6 +113,14 @@ def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
     order_BHCC = visit_BCC.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[:, None]
     lengths = S, k_place_T.shape[0]
     return BlockMask.from_kv_blocks(counts_BHC, order_BHCC, BLOCK_SIZE=CHUNK, mask_mod=sees, seq_lengths=lengths)
+
+
+def _places(context: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Where queries and keys stand in their row.  -> q_place_S, k_place_T"""
+    if context.keys is not None:
+        return context.keys.query_places_S, context.keys.places_T
+    index_S = torch.arange(context.positions_BS.shape[1], device=context.positions_BS.device, dtype=torch.int32)
+    return index_S, index_S
 
 
 def _reach(values_BS: Tensor) -> tuple[Tensor, Tensor]:

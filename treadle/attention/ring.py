@@ -41,9 +41,10 @@ def attend(
     assert parts is not None
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
     documents_BT = context.whole.documents_BS
-    statics = (facts.scale or q_BSHK.shape[-1] ** -0.5, facts.window, facts.softcap, facts.alibi, facts.heads)
+    statics = (facts.scale or q_BSHK.shape[-1] ** -0.5, facts.window, facts.softcap, facts.alibi)
+    heads = facts.heads or (0, q_BSHK.shape[2])
     where = (parts.order, parts.group, parts.rank, parts.size)
-    out_BSHV, lse_BSH = torch.ops.treadle.ring_attention(q_BSHK, k_BSGK, v_BSGV, documents_BT, *statics, *where)
+    out_BSHV, lse_BSH = torch.ops.treadle.ring_attention(q_BSHK, k_BSGK, v_BSGV, documents_BT, *statics, *heads, *where)
     if sinks_H is not None:
         # A sink takes its share of the softmax from all keys alike: exp(lse) / (exp(lse) + exp(sink)) is left to them.
         out_BSHV = out_BSHV * torch.sigmoid(lse_BSH - sinks_H.to(wide))[..., None]
@@ -60,14 +61,17 @@ def _forward(
     window: int | None,
     softcap: float | None,
     alibi: float,
-    heads: list[int] | None,
+    first_head: int,
+    all_heads: int,
     order: str,
     group: str,
     rank: int,
     size: int,
 ) -> tuple[Tensor, Tensor]:
     """-> out_BSHV and lse_BSH, the logarithm of each softmax's denominator, both float32 or wider"""
-    pairs = _Pairs.of(q_BSHK, documents_BT, scale, window, softcap, alibi, heads, order, group, rank, size)
+    pairs = _Pairs.of(
+        q_BSHK, documents_BT, scale, window, softcap, alibi, first_head, all_heads, order, group, rank, size
+    )
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
     out_BSHV = torch.zeros(*q_BSHK.shape[:3], v_BSGV.shape[3], dtype=wide, device=q_BSHK.device)
     lse_BSH = torch.full(q_BSHK.shape[:3], float("-inf"), dtype=wide, device=q_BSHK.device)
@@ -111,14 +115,17 @@ def _backward(
     window: int | None,
     softcap: float | None,
     alibi: float,
-    heads: list[int] | None,
+    first_head: int,
+    all_heads: int,
     order: str,
     group: str,
     rank: int,
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq_BSHK, dk_BSGK, dv_BSGV"""
-    pairs = _Pairs.of(q_BSHK, documents_BT, scale, window, softcap, alibi, heads, order, group, rank, size)
+    pairs = _Pairs.of(
+        q_BSHK, documents_BT, scale, window, softcap, alibi, first_head, all_heads, order, group, rank, size
+    )
     wide, G = lse_BSH.dtype, k_BSGK.shape[2]
     # What the softmax takes from each score's gradient: sum_j P_j dP_j, less what comes through the lse itself.
     taken_BSH = (dout_BSHV * out_BSHV).sum(-1) - dlse_BSH
@@ -167,7 +174,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, dout_BSHV: Tensor, dlse_BSH: Tensor) -> tuple[Tensor | None, ...]:
     backward = torch.ops.treadle.ring_attention_backward
-    return *backward(dout_BSHV, dlse_BSH, *ctx.saved_tensors, *ctx.statics), *[None] * 10
+    return *backward(dout_BSHV, dlse_BSH, *ctx.saved_tensors, *ctx.statics), *[None] * 11
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -219,12 +226,13 @@ class _Pairs:
         window: int | None,
         softcap: float | None,
         alibi: float,
-        heads: list[int] | None,
+        first_head: int,
+        all_heads: int,
         order: Any,
         *where: Any,
     ) -> "_Pairs":
-        first_and_all = None if heads is None else (heads[0], heads[1])
-        facts = AttentionFacts(scale=scale, window=window, softcap=softcap, alibi=alibi, heads=first_and_all)
+        heads = first_head, all_heads
+        facts = AttentionFacts(scale=scale, window=window, softcap=softcap, alibi=alibi, heads=heads)
         parts, (B, S, H, _) = Parts("ring", order, *where), q_BSHK.shape
         chunk = S // parts.each
         return cls(

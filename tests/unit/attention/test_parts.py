@@ -75,7 +75,7 @@ def test_what_meets_in_a_ring(case: tuple[AttentionContext, list[Parts]], window
     own = S // len(parts)
     for part in parts:
         where = (part.order, part.group, part.rank, part.size)
-        pairs = _Pairs.of(torch.zeros(2, own, 4, 8), whole.documents_BS, 1.0, window, None, 0.0, None, *where)
+        pairs = _Pairs.of(torch.zeros(2, own, 4, 8), whole.documents_BS, 1.0, window, None, 0.0, 0, 4, *where)
         pairs = replace(pairs, piece=2)
         found = torch.zeros(2, own, S, dtype=torch.int32)
         for source in [(part.rank - step) % part.size for step in range(part.size)]:
