@@ -28,8 +28,8 @@ HOUSE = Path(__file__).parents[2]
 def workplace(tmp_path_factory):
     """A recipe, its corpus, and the run of one process in `one`."""
     folder = tmp_path_factory.mktemp("together")
-    words = "the cat sat on a mat and my dog ran over that hill in warm sun".split()
-    texts = [" ".join(words[(i * j) % 15] for j in range(5 + i % 30)) for i in range(60)]
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "my", "dog", "ran", "over"]
+    texts = [" ".join(words[(i * j) % 11] for j in range(5 + i % 30)) for i in range(60)]
     (folder / "corpus.txt").write_text("\n%\n".join(texts))
     recipe = {
         "recipe": "pretrain",
