@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import treadle.kernels.grouped_linear  # noqa: F401  defines the operator below
+import treadle.attention.ring
+import treadle.kernels.grouped_linear  # noqa: F401  define operators below
 
 Mode = Literal["none", "selective", "full"]
 
@@ -18,6 +19,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.treadle.ring_attention.default,
 }
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.treadle.grouped_linear.default}
 
