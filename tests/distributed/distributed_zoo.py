@@ -13,6 +13,7 @@ from treadle.data.dataset import Part, TokenDataset
 from treadle.data.loader import Loader
 from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.config import ParallelConfig
+from treadle.parallel.context import own_part
 from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.shards import Parts, copy_whole, gather, parts_of
@@ -26,6 +27,7 @@ ATTENTION = {"kind": "attention", "heads": 4, "kv_heads": 2}
 GATED = {"kind": "gated", "dim": 48}
 MOE = {"kind": "moe", "experts": 6, "top_k": 2, "dim": 16, "balance_bias": 0.01, "z_loss": 0.001}
 LATENT = {"kind": "latent_attention", "heads": 2, "kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "value_dim": 16}
+NTK = {"kind": "dynamic_ntk", "factor": 4.0}
 DELTA = {"kind": "gated_delta", "heads": 2, "head_dim": 16}
 
 
@@ -82,6 +84,20 @@ MODELS: dict[str, TransformerConfig] = {
         ]
     ),
     "grouped_delta": spec([layer({**DELTA, "value_heads": 4}, repeat=1)]),
+    "facts": spec(
+        [
+            layer({**ATTENTION, "window": 5}, repeat=1),
+            layer({**ATTENTION, "position": {"kind": "alibi"}, "sinks": True}, repeat=1),
+            layer({**ATTENTION, "softcap": 5.0}, repeat=1),
+        ]
+    ),
+    "slopes": spec([layer({**ATTENTION, "kv_heads": 4, "position": {"kind": "alibi"}, "sinks": True})]),
+    "mqa": spec([layer({**ATTENTION, "kv_heads": 1})]),
+    "lengths": spec(
+        [layer({**ATTENTION, "position": {"kind": "rope", "scaling": {**NTK, "original_length": 5}}})],
+        position={"kind": "learned"},
+    ),
+    "even": spec([layer(feedforward={**MOE, "balance_loss": 0.0})]),
     "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
 }
 
@@ -130,7 +146,7 @@ def step_of(
     return {
         "loss": result.loss.item(),
         "tokens": result.tokens,
-        "here": sum(batch.valid_tokens for batch in batches),
+        "here": sum(own_part(batch, mesh, "cpu").valid_tokens for batch in batches),
         "norm": norm.item(),
         "metrics": {name: value.item() for name, value in result.metrics.items()},
         "loads": {name: load.counts_E for name, load in result.loads.items()},
@@ -154,7 +170,7 @@ def whole(tensor: Tensor, parts: Parts = ()) -> Tensor:
     return gather(tensor.detach(), parts).clone()
 
 
-def step_on_ranks(model: str, rows: int, options: dict[str, Any], sizes: dict[str, int], **changes: Any) -> Any:
+def step_on_ranks(model: str, rows: int, options: dict[str, Any], sizes: dict[str, Any], **changes: Any) -> Any:
     with meshed(**sizes) as mesh:
         return step_of(model, mesh, rows, ParallelConfig(**options), **changes)
 

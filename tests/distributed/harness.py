@@ -90,7 +90,7 @@ def _rank(
 
 
 @contextmanager
-def meshed(**sizes: int) -> Iterator[Any]:
+def meshed(**sizes: Any) -> Iterator[Any]:
     """The mesh of a rank, of these sizes (`shard` takes what is left)."""
     from treadle.parallel.config import ParallelConfig
     from treadle.parallel.mesh import World, open_mesh

@@ -9,8 +9,8 @@ from treadle.parallel.config import Layout, ParallelConfig, check_layout
 from treadle.parallel.mesh import Mesh, World, find_device
 
 
-def check(world: int, model: str = "plain", batch_size: int = 8, **sizes: object) -> Layout:
-    return check_layout(ParallelConfig(**sizes), world, MODELS[model], batch_size)
+def check(world: int, model: str = "plain", batch_size: int = 8, length: int | None = None, **sizes: object) -> Layout:
+    return check_layout(ParallelConfig(**sizes), world, MODELS[model], batch_size, length)
 
 
 def test_what_is_left_is_sharded():
@@ -18,6 +18,8 @@ def test_what_is_left_is_sharded():
     assert check(8, replicate=2).shard == 4
     assert check(1) == Layout()
     assert check(8, replicate=8).data == 8
+    assert check(8, context=2, length=16).data == 4
+    assert check(2, context=2, length=6, context_order="contiguous", context_method="ring").context_method == "ring"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,23 @@ def test_what_is_left_is_sharded():
         (4, {"pipeline": 4}, r"parallel\.pipeline: 4 is more than the model's 2 layers"),
         (1, {"cpu_offload": True}, r"parallel\.cpu_offload: it needs at least two processes"),
         (2, {"pipeline": 2}, r"parallel\.pipeline: 2, but there is no pipeline parallelism yet"),
-        (2, {"context": 2}, r"parallel\.context: 2, but there is no context parallelism yet"),
+        (2, {"context": 2, "model": "delta"}, r"parallel\.context: 2, but gated_delta needs whole rows; set it to 1"),
+        (4, {"context": 4, "length": 20}, r"training\.sequence_length: zigzag .*20 is no multiple of 8; try 16 or 24"),
+        (4, {"context": 4, "length": 3, "context_order": "contiguous"}, r"3 is no multiple of 4; try 4$"),
+        (4, {"context": 4, "context_method": "ulysses"}, r"4 ranks, which does not divide kv_heads=2; try 1, 2, or"),
+        (3, {"context": 3, "context_method": "ulysses"}, r"3 ranks, which does not divide heads=4; try 1, 2, 4, or"),
+        (
+            4,
+            {"context": 2, "tensor": 2, "context_method": "ulysses"},
+            r"2 ranks, which does not divide kv_heads=2 / parallel\.tensor=2; try 1, or",
+        ),
+        (4, {"context": 2, "tensor": 2, "length": 18}, r"zigzag .*18 is no multiple of 4; try 16 or 20"),
+        (
+            4,
+            {"context": 2, "tensor": 2, "length": 18, "context_order": "contiguous"},
+            r"parallel\.tensor=2 shares the 9 tokens .*18 is no multiple of 4; try 16 or 20",
+        ),
+        (2, {"tensor": 2, "length": 5}, r"parallel\.tensor=2 shares the 5 tokens .*5 is no multiple of 2; try 4 or 6"),
     ],
 )
 def test_what_does_not_fit(world, options, message):
@@ -76,7 +94,7 @@ def test_fewer_key_value_heads_than_processes_are_shared():
 
 
 def test_length():
-    with pytest.raises(ConfigError, match=r"sequence_length: 15 tokens cannot be shared .*tensor=2; try 14, 16"):
+    with pytest.raises(ConfigError, match=r"sequence_length: .*tensor=2 shares the 15 tokens .*; try 14 or 16"):
         check_layout(ParallelConfig(tensor=2), 2, MODELS["plain"], 8, 15)
 
 

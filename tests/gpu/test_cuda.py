@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, attend, choose
+from treadle.attention.context_parallel import in_rank_order
+from treadle.attention.parts import Parts
 from treadle.config import resolve
 from treadle.data.packing import Batch
 from treadle.kernels.linear_cross_entropy import linear_cross_entropy
@@ -80,6 +83,37 @@ def test_attention_equals_float64(
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for got, exact in zip(*results, strict=True):
         assert relative(got, exact) < 8e-3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("fact", [{}, {"window": 65}, {"softcap": 5.0}, {"alibi": 1.0, "sinks": True}])
+def test_attention_of_a_part_of_the_rows_equals_float64(fact: dict[str, Any], order: Any, packed: bool) -> None:
+    """What each rank of context parallelism computes once keys and values are gathered, one rank after the other."""
+    torch.manual_seed(0)
+    B, S, H, G, K, ranks = 2, 4 * 170, 8, 2, 64, 2
+    documents_BS = (torch.rand(B, S, device=CUDA) < 0.01).cumsum(1)
+    whole = AttentionContext.packed(documents_BS) if packed else AttentionContext.causal(B, S, device=CUDA)
+    shapes = (H, K), (G, K), (G, K), (H, K)
+    *narrow, grad = (torch.randn(B, S, *shape, device=CUDA, dtype=torch.bfloat16) for shape in shapes)
+    facts = AttentionFacts(**fact)
+    parts = [Parts("gather", order, "none", rank, ranks) for rank in range(ranks)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in narrow]
+        sinks = [torch.linspace(-2, 3, H, device=CUDA).requires_grad_()] if facts.sinks else []
+        if dtype == torch.float64:
+            outs = [attend(*leaves, facts, replace(whole, backend="reference"), *sinks)]
+        else:
+            q, k, v = leaves[0], parts[0].to_rank_order(leaves[1]), parts[0].to_rank_order(leaves[2])
+            contexts = [in_rank_order(whole.cut(part)) for part in parts]
+            assert choose(q, facts, contexts[0]) == "flex"
+            outs = [attend(part.cut(q), k, v, facts, c, *sinks) for part, c in zip(parts, contexts, strict=True)]
+        out = outs[0] if dtype == torch.float64 else parts[0].to_row_order(torch.cat(outs, dim=1))
+        out.backward(grad.to(dtype))
+        results.append([out.detach(), *(leaf.grad for leaf in (*leaves, *sinks))])
+    for got, exact in zip(*results, strict=True):
+        assert relative(got, exact) < 1e-2
 
 
 def test_the_measured_choice() -> None:

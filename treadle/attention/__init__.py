@@ -2,7 +2,19 @@
 
 from treadle.attention.cache import Cache, TokenCache
 from treadle.attention.context import AttentionContext
+from treadle.attention.context_parallel import gathered, joined
 from treadle.attention.dispatch import BACKENDS, attend, choose, tables
 from treadle.attention.facts import AttentionFacts
 
-__all__ = ["BACKENDS", "AttentionContext", "AttentionFacts", "Cache", "TokenCache", "attend", "choose", "tables"]
+__all__ = [
+    "BACKENDS",
+    "AttentionContext",
+    "AttentionFacts",
+    "Cache",
+    "TokenCache",
+    "attend",
+    "choose",
+    "gathered",
+    "joined",
+    "tables",
+]

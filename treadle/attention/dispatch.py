@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from treadle.attention import flash, flex, reference, sdpa
+from treadle.attention import context_parallel, flash, flex, reference, sdpa
 from treadle.attention.context import AttentionContext
 from treadle.attention.facts import AttentionFacts
 from treadle.config.base import nearest
@@ -29,10 +29,13 @@ def attend(
 
     q_BSHK, k_BTGK, v_BTGV -> out_BSHV, with H a multiple of G (grouped queries); V may differ from K. sinks_H: one
     logit per head, given exactly when `facts.sinks`. Raises ConfigError when the backend that `context.backend` names
-    cannot compute these facts; a named backend is never replaced by another.
+    cannot compute these facts; a named backend is never replaced by another. Where rows are cut over ranks (`parts` of
+    the context), q, k and v are of this rank's tokens, and so is the output.
     """
     if facts.sinks != (sinks_H is not None):
         raise ValueError(f"facts.sinks is {facts.sinks}, sinks_H is {'missing' if sinks_H is None else 'given'}")
+    if context.parts is not None:
+        return context_parallel.attend(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H, attend)
     backend = BACKENDS[choose(q_BSHK, facts, context, v_BTGV.shape[-1])]
     return backend.attend(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H)
 
@@ -57,18 +60,25 @@ def tables(
 ) -> dict[str, tuple[Tensor, ...]]:
     """What layers of these facts share of a context, by key; nothing where the context has it, or no backend wants it.
 
-    For flex, the chunks to visit. They are made here, outside of the layers: once for all of them, and as inputs of a
-    compiled layer, whose backward reads wild addresses where it has to compute them again (torch 2.11 on CUDA).
+    For flex, the chunks to visit; where keys of other ranks are gathered, where those stand. They are made here,
+    outside of the layers: once for all of them, and as inputs of a compiled layer, whose backward reads wild addresses
+    where it has to compute them again (torch 2.11 on CUDA).
     head_dims: of a key and of a value. dtype: of the queries.
     """
+    found: dict[str, tuple[Tensor, ...]] = {}
+    if context.parts is not None:
+        local, found = context_parallel.shared(context)
+        if local is None:
+            return found
+        context = local
     device = context.positions_BS.device
     unwanted = context.cache is not None or device.type != "cuda" or context.backend not in ("auto", "flex")
     if unwanted or flex.key(facts) in context.tables:
-        return {}
+        return found
     q_BSHK = torch.empty((), dtype=dtype, device=device).expand(*context.positions_BS.shape, 1, head_dims[0])
     if choose(q_BSHK, facts, context, head_dims[1]) != "flex":
-        return {}
-    return {flex.key(facts): flex.tables(facts, context)}
+        return found
+    return found | {flex.key(facts): flex.tables(facts, context)}
 
 
 def _preference(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ class AttentionFacts:
         (arXiv:2108.12409), 0 none.
     sinks: one learned logit per head joins each softmax and carries no value (GPT-OSS, arXiv:2508.10925): its tensor is
         the last argument of `attend`. The softcap and ALiBi do not touch it.
-    heads: (the first, of how many) where a layer's query heads are a part of its heads; None: they are all of them.
+    heads: (the first, of how many) where the query heads are a part of a layer's heads, the others being with other
+        ranks; None: they are all of them. ALiBi asks, whose slopes are not alike.
     """
 
     scale: float | None = None
@@ -43,14 +44,17 @@ class AttentionFacts:
 def visible(facts: AttentionFacts, context: AttentionContext, keys: int) -> Tensor:
     """Which key each query may see.  -> bool_BST
 
-    Without a cache the keys are the queries' own tokens. With a cache the key at index j has position j.
+    The keys are the queries' own tokens, or what `context.keys` says; with a cache the key at index j has position j.
     """
     q_position_BS1, k_position_B1T = _positions(context, keys)
+    q_documents_BS, k_documents_BT = context.documents_BS, context.documents_BS
+    if context.keys is not None:
+        k_documents_BT = context.keys.documents_BT
     mask_BST = k_position_B1T <= q_position_BS1
     if facts.window is not None:
         mask_BST &= k_position_B1T > q_position_BS1 - facts.window
-    if context.documents_BS is not None:
-        mask_BST &= context.documents_BS[:, :, None] == context.documents_BS[:, None, :]
+    if q_documents_BS is not None and k_documents_BT is not None:
+        mask_BST = mask_BST & (q_documents_BS[:, :, None] == k_documents_BT[:, None, :])
     return mask_BST
 
 
@@ -80,7 +84,12 @@ def alibi_bias(facts: AttentionFacts, heads: int, context: AttentionContext, key
 
 
 def _positions(context: AttentionContext, keys: int) -> tuple[Tensor, Tensor]:
-    """Of queries and keys, shaped so that they meet.  -> q_position_BS1, k_position_B1T"""
+    """Of queries and keys, shaped so that they meet (B may be 1).  -> q_position_BS1, k_position_B1T
+
+    Only differences count, and within a document those of places in the row are those of positions.
+    """
+    if context.keys is not None:
+        return context.keys.query_places_S[None, :, None], context.keys.places_T[None, None, :]
     q_position_BS1 = context.positions_BS[:, :, None]
     if context.cache is None:
         return q_position_BS1, context.positions_BS[:, None, :]

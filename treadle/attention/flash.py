@@ -36,6 +36,8 @@ def unsupported(
         return "it has no sinks"
     if context.cache is not None:
         return "it reads no cache"
+    if context.keys is not None:
+        return "its keys are those of the queries' own tokens"
     if context.documents_BS is not None and context.cumulative_lengths_N is None:
         return "it needs cumulative_lengths; make the context with AttentionContext.packed"
     if (largest := max(q_BSHK.shape[-1], value_dim or 0)) > 256:

@@ -1,6 +1,6 @@
 """Attention through `flex_attention` (CUDA): every fact that the reference knows, at near-flash speed.
 
-B batch, S sequence, H heads, G key-value heads, K head dim, V value dim, C number of 128-token chunks in a row.
+B batch, S sequence, H heads, G key-value heads, K head dim, V value dim, T keys, C number of 128-token chunks.
 """
 
 import functools
@@ -41,7 +41,7 @@ def attend(
         q_BSHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGV.transpose(1, 2),
-        score_mod=_score_mod(facts, q_BSHK),
+        score_mod=_score_mod(facts, q_BSHK, context),
         block_mask=block_mask(facts, context),
         scale=facts.scale,
         enable_gqa=q_BSHK.shape[2] != k_BSGK.shape[2],
@@ -55,18 +55,19 @@ def attend(
     return (result[0] * share_BHS1).to(q_BSHK.dtype).transpose(1, 2)
 
 
-def _score_mod(facts: AttentionFacts, q_BSHK: Tensor) -> Callable[..., Tensor] | None:
+def _score_mod(facts: AttentionFacts, q_BSHK: Tensor, context: AttentionContext) -> Callable[..., Tensor] | None:
     """What happens to a scaled score before the softmax, as flex wants it."""
     if facts.softcap is None and not facts.alibi:
         return None
-    softcap = facts.softcap
+    softcap, keys = facts.softcap, context.keys
     slopes_H = slopes(facts, q_BSHK.shape[2], q_BSHK.device) if facts.alibi else None
 
     def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        if slopes_H is not None:
-            score = score - slopes_H[h] * (q - k)  # within a document, a distance of indices is one of positions
+        if slopes_H is not None:  # within a document, a distance of places is one of positions
+            distance = q - k if keys is None else keys.query_places_S[q] - keys.places_T[k]
+            score = score - slopes_H[h] * distance
         return score
 
     return change
@@ -85,46 +86,50 @@ def key(facts: AttentionFacts) -> str:
 def tables(facts: AttentionFacts, context: AttentionContext) -> tuple[Tensor, ...]:
     """Which chunks of 128 keys each chunk of queries visits, and the other way round.
 
-    A chunk pair is skipped when no pair of its tokens can see each other, which follows from each chunk's first and
-    last document and position: so it costs O(C^2) and not O(S^2).
-    -> counts_B1C and order_B1CC of keys by queries, then of queries by keys; int32
+    A chunk pair is skipped when no pair of its tokens can see each other, which follows from the places and documents
+    that each chunk reaches over: so it costs O(C^2) and not O(S^2). N chunks of queries, C of keys:
+    -> counts_B1N and order_B1NC of keys by queries, then counts_B1C and order_B1CN of queries by keys; int32
     """
-    documents_BS, positions_BS, window = context.documents_BS, context.positions_BS, facts.window
-    B, S = positions_BS.shape
-    C = -(-S // CHUNK)
-    chunk = torch.arange(C, device=positions_BS.device)
-    visit_BCC = (chunk[:, None] >= chunk[None, :])[None].expand(B, C, C)
+    documents_BS, window = context.documents_BS, facts.window
+    q_place_S, k_place_T = _places(context)
+    q_first_N1, q_last_N1 = (place_1N[0, :, None] for place_1N in _reach(q_place_S[None]))
+    k_first_1C, k_last_1C = _reach(k_place_T[None])
+    visit_BNC = (k_first_1C <= q_last_N1)[None].expand(context.positions_BS.shape[0], -1, -1)
     if window is not None:
-        visit_BCC = visit_BCC & ((chunk[None, :] + 1) * CHUNK > chunk[:, None] * CHUNK - window + 1)
-    if documents_BS is not None:
-        padded_BCL = torch.nn.functional.pad(documents_BS, (0, C * CHUNK - S), mode="replicate").view(B, C, CHUNK)
-        first_BC, last_BC = padded_BCL[..., 0], padded_BCL[..., -1]
-        visit_BCC = visit_BCC & (first_BC[:, :, None] <= last_BC[:, None, :])
-    return *_ordered(visit_BCC), *_ordered(visit_BCC.mT)
+        visit_BNC = visit_BNC & (k_last_1C > q_first_N1 - window)
+    k_documents_BT = documents_BS if context.keys is None else context.keys.documents_BT
+    if documents_BS is not None and k_documents_BT is not None:
+        (q_first_BN, q_last_BN), (k_first_BC, k_last_BC) = _reach(documents_BS), _reach(k_documents_BT)
+        visit_BNC = visit_BNC & (q_first_BN[:, :, None] <= k_last_BC[:, None, :])
+        visit_BNC = visit_BNC & (k_first_BC[:, None, :] <= q_last_BN[:, :, None])
+    return *_ordered(visit_BNC), *_ordered(visit_BNC.mT)
 
 
-def _ordered(visit_BCC: Tensor) -> tuple[Tensor, Tensor]:
+def _ordered(visit_BNC: Tensor) -> tuple[Tensor, Tensor]:
     """How many chunks each row visits; all chunks, those first."""
-    order_BCC = visit_BCC.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-    return visit_BCC.sum(-1, dtype=torch.int32)[:, None].contiguous(), order_BCC.to(torch.int32)[:, None].contiguous()
+    order_BNC = visit_BNC.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return visit_BNC.sum(-1, dtype=torch.int32)[:, None].contiguous(), order_BNC.to(torch.int32)[:, None].contiguous()
 
 
 def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
     """The mask as flex wants it: the chunks to visit, and a function for the elements inside."""
-    documents_BS, window = context.documents_BS, facts.window
+    documents_BS, window, keys = context.documents_BS, facts.window, context.keys
     S = context.positions_BS.shape[1]
+    k_documents_BT = documents_BS if keys is None else keys.documents_BT
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        keep = k <= q  # within a document, order of index is order of position
+        # Within a document, order of place is order of position; of whole rows, a place is an index.
+        q_place, k_place = (q, k) if keys is None else (keys.query_places_S[q], keys.places_T[k])
+        keep = k_place <= q_place
         if window is not None:
-            keep = keep & (k > q - window)
-        if documents_BS is not None:
-            keep = keep & (documents_BS[b, q] == documents_BS[b, k])
+            keep = keep & (k_place > q_place - window)
+        if documents_BS is not None and k_documents_BT is not None:
+            keep = keep & (documents_BS[b, q] == k_documents_BT[b, k])
         return keep
 
     kv_counts, kv_order, q_counts, q_order = context.tables.get(key(facts)) or tables(facts, context)
     return BlockMask(
-        seq_lengths=(S, S),
+        seq_lengths=(S, S if keys is None else keys.places_T.shape[0]),
         kv_num_blocks=kv_counts,
         kv_indices=kv_order,
         full_kv_num_blocks=None,
@@ -136,3 +141,19 @@ def block_mask(facts: AttentionFacts, context: AttentionContext) -> BlockMask:
         BLOCK_SIZE=(CHUNK, CHUNK),
         mask_mod=sees,
     )
+
+
+def _places(context: AttentionContext) -> tuple[Tensor, Tensor]:
+    """Where queries and keys stand in their row.  -> q_place_S, k_place_T"""
+    if context.keys is not None:
+        return context.keys.query_places_S, context.keys.places_T
+    index_S = torch.arange(context.positions_BS.shape[1], device=context.positions_BS.device, dtype=torch.int32)
+    return index_S, index_S
+
+
+def _reach(values_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value of each 128-token chunk.  -> least_BC, largest_BC"""
+    B, S = values_BS.shape
+    C = -(-S // CHUNK)
+    padded_BCL = torch.nn.functional.pad(values_BS, (0, C * CHUNK - S), mode="replicate").view(B, C, CHUNK)
+    return padded_BCL.amin(-1), padded_BCL.amax(-1)

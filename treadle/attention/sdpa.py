@@ -98,7 +98,7 @@ def is_plain(length: int, facts: AttentionFacts, context: AttentionContext) -> b
     if facts.alibi or facts.sinks:
         return False
     whole = facts.window is None or facts.window >= length
-    return whole and context.documents_BS is None and context.cache is None
+    return whole and context.documents_BS is None and context.cache is None and context.keys is None
 
 
 def _kernels(q_BSHK: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:

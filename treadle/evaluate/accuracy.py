@@ -11,6 +11,7 @@ from treadle.data.batches import Batches
 from treadle.data.packing import Batch
 from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.nn.transformer import Transformer
+from treadle.parallel.context import own_part
 from treadle.parallel.mesh import Mesh
 
 
@@ -49,17 +50,19 @@ def evaluate_accuracy(
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     answers = rows = 0
     for batch in batches:
-        on_device = batch.to(device)
-        hidden_BSD = model.hidden(on_device.tokens_BS, replace(on_device.context, backend=attention))
-        asked_BS = on_device.targets_BS != IGNORED
-        right_BS = torch.ones_like(asked_BS)
-        right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == on_device.targets_BS[asked_BS]
-        some_B = asked_BS.any(dim=1)
-        counts += torch.stack((right_BS[asked_BS].sum(), right_BS.all(dim=1)[some_B].sum()))
+        own = own_part(batch, mesh, device)
+        hidden_BSD = model.hidden(own.tokens_BS, replace(own.context, backend=attention))
+        asked_BS = own.targets_BS != IGNORED
+        right_BS = torch.zeros_like(asked_BS)
+        right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == own.targets_BS[asked_BS]
+        asked_B, right_B = mesh.sum_parts(torch.stack((asked_BS.sum(dim=1), right_BS.sum(dim=1)))).unbind()
+        counts += torch.stack((right_B.sum(), ((right_B == asked_B) & (asked_B > 0)).sum()))
         answers, rows = answers + batch.valid_tokens, rows + int((batch.targets_BS != IGNORED).any(dim=1).sum())
     model.train(training)
-    correct, rows_correct = mesh.sum(counts).tolist()
-    answers, rows = mesh.sum_counts(answers, rows)
+    # The ranks that share a row have all counted it.
+    shared = mesh.layout.context
+    correct, rows_correct = (mesh.sum(counts) // shared).tolist()
+    answers, rows = (count // shared for count in mesh.sum_counts(answers, rows))
     if answers == 0:
         raise ValueError("no row has a target to answer: all are -100")
     return Accuracy(correct, answers, rows_correct, rows)

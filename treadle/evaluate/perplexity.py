@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from treadle.config import Config
 from treadle.data.loader import Sequential
 from treadle.nn.transformer import Transformer
+from treadle.parallel.context import own_part
 from treadle.parallel.mesh import Mesh
 
 
@@ -61,9 +62,9 @@ def evaluate_perplexity(
     model.eval()
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in data:
-        on_device = batch.to(device)
-        hidden_BSD = model.hidden(on_device.tokens_BS, replace(on_device.context, backend=attention))
-        nats += model.head.cross_entropy(hidden_BSD, on_device.targets_BS)
-        tokens += batch.valid_tokens
+        own = own_part(batch, mesh, device)
+        hidden_BSD = model.hidden(own.tokens_BS, replace(own.context, backend=attention))
+        nats += model.head.cross_entropy(hidden_BSD, own.targets_BS)
+        tokens += own.valid_tokens
     model.train(training)
     return Perplexity(mesh.sum(nats).item(), mesh.sum_counts(tokens)[0], text_bytes)

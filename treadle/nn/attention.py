@@ -20,6 +20,7 @@ from treadle.nn.position import AlibiConfig, RopeConfig
 class AttentionConfig(MixerConfig):
     """Softmax attention. `kv_heads` = heads is MHA, fewer is GQA, 1 is MQA."""
 
+    in_parts = True
     kind: Literal["attention"] = "attention"
     heads: PositiveInt = Field(description="query heads")
     kv_heads: PositiveInt | None = Field(None, description="key-value heads; null: as many as heads")

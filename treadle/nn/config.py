@@ -5,7 +5,7 @@ A config named `XConfig` builds the module `X` of its own file: `config.build(..
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -41,7 +41,13 @@ class AbsolutePositionConfig(Buildable, Kind):
 
 
 class MixerConfig(Buildable, Kind):
-    """Moves information between positions: attention and its kin. Builds with (dim, max_length)."""
+    """Moves information between positions: attention and its kin. Builds with (dim, max_length).
+
+    in_parts: whether the module may be given a part of each row, the rest being with other ranks (`context.parts`). It
+    may if it reads other tokens only through `attend`, and where its tokens stand only from the context.
+    """
+
+    in_parts: ClassVar[bool] = False
 
     def problems(self, dim: int) -> Iterator[tuple[str, str]]:
         """(key, message) for each value that is impossible at this model dim."""

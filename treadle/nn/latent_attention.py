@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from treadle.attention import AttentionContext, AttentionFacts, TokenCache, attend
+from treadle.attention import AttentionContext, AttentionFacts, TokenCache, attend, gathered
 from treadle.nn.config import MixerConfig, NormConfig
 from treadle.nn.linear import Linear
 from treadle.nn.norm import RMSNormConfig
@@ -24,6 +24,7 @@ from treadle.nn.position import RopeConfig
 class LatentAttentionConfig(MixerConfig):
     """Softmax attention whose keys and values are expanded from a latent per token (MLA)."""
 
+    in_parts = True
     kind: Literal["latent_attention"] = "latent_attention"
     heads: PositiveInt = Field(description="heads of queries, keys and values")
     q_rank: PositiveInt | None = Field(None, description="size that queries are compressed to; null: they are not")
@@ -99,6 +100,7 @@ class LatentAttention(nn.Module):
             if self.absorbing_is_cheaper(x_BSD.shape[1], kept_BTM.shape[1]):
                 return self.out(self.absorbed(q_BSHN, q_BSHR, kept_BTM, context).flatten(-2))
             latent_BTC, key_BTR = kept_BTM.split((self.kv_rank, self.rope_dim), dim=-1)
+        context, (latent_BTC, key_BTR) = gathered(context, latent_BTC, key_BTR)  # smaller than keys and values
         return self.out(self.expanded(q_BSHN, q_BSHR, latent_BTC, key_BTR, context).flatten(-2))
 
     def expanded(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from treadle.attention import AttentionContext
+from treadle.attention import AttentionContext, joined
 from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.nn.config import LayerConfig, MultiTokenConfig, NormConfig
 from treadle.nn.linear import Linear
@@ -57,10 +57,11 @@ class SequentialMultiToken(nn.Module):
         self, x_BSD: Tensor, tokens_BS: Tensor, context: AttentionContext, embed: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
         """embed: tokens_BS -> x_BSD. Returns h_k for each k. Raises ValueError for rows no longer than the depth."""
-        if tokens_BS.shape[1] <= len(self.layers):
+        length = tokens_BS.shape[1] if context.whole is None else context.whole.positions_BS.shape[1]
+        if length <= len(self.layers):
             raise ValueError(
                 f"multi_token.depth: {len(self.layers)} needs rows of more than that many tokens, not of "
-                f"{tokens_BS.shape[1]}; use longer rows, or a smaller depth"
+                f"{length}; use longer rows, or a smaller depth"
             )
         found = []
         for k, module in self.layers.items():
@@ -94,6 +95,8 @@ class SequentialModule(nn.Module):
 
 def ahead(values_BS: Tensor, k: int, context: AttentionContext) -> Tensor:
     """The value k >= 1 positions further on in the same document; -100 where there is none.  -> values_BS"""
+    if context.parts is not None:  # it may be with another rank
+        return context.parts.cut(ahead(joined(values_BS, context), k, context.whole))
     moved_BS = F.pad(values_BS[:, k:], (0, k), value=IGNORED)
     if context.documents_BS is None:
         return moved_BS

@@ -34,6 +34,9 @@ def document_lengths(context: AttentionContext) -> Tensor:
     This is what the length-dependent scalings look at. Each row and each packed document counts alone, so that what
     stands beside a document never changes it. No value leaves the device.
     """
+    if context.parts is not None:  # the rest of a document may be with other ranks
+        lengths_BT1 = document_lengths(context.whole)
+        return lengths_BT1 if lengths_BT1.shape[1] == 1 else context.parts.cut(lengths_BT1)
     positions_BS, documents_BS = context.positions_BS, context.documents_BS
     if documents_BS is None:
         return (positions_BS.amax(dim=1, keepdim=True) + 1)[..., None]

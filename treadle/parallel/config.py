@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from treadle.attention.parts import Method, Order
 from treadle.config import Config
 from treadle.errors import ConfigError
+from treadle.nn.config import LayerConfig
 from treadle.nn.moe import MoEConfig
 from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.fits import misfit
@@ -25,6 +27,14 @@ class ParallelConfig(Config):
         None, description="processes that share one copy of the weights and see different rows (FSDP); null: all left"
     )
     context: PositiveInt = Field(1, description="parts that each sequence is cut into")
+    context_method: Method = Field(
+        "gather",
+        description="how attention reaches other parts: gather all keys and values; ulysses, whole rows of some heads "
+        "each; ring, keys and values go round, for rows that are too long for gather",
+    )
+    context_order: Order = Field(
+        "zigzag", description="parts of a sequence: zigzag, two pieces each, of equal work; contiguous, one piece"
+    )
     tensor: PositiveInt = Field(1, description="parts that each matrix is cut into")
     async_tensor: bool = Field(
         False, description="matmuls of tensor parallelism run while their inputs and outputs are sent (CUDA, one node)"
@@ -44,7 +54,11 @@ class ParallelConfig(Config):
         """The sizes for `world` processes. Raises ConfigError where they do not fit it."""
         given = self.pipeline * self.replicate * self.context * self.tensor
         shard = self.shard if self.shard is not None else max(1, world // given)
-        layout = Layout(self.pipeline, self.replicate, shard, self.context, self.tensor, self.expert)
+        layout = Layout(
+            *(self.pipeline, self.replicate, shard, self.context, self.tensor, self.expert),
+            context_method=self.context_method,
+            context_order=self.context_order,
+        )
         if layout.world != world:
             raise ConfigError(_wrong_world(self, layout, world))
         return layout
@@ -60,6 +74,8 @@ class Layout:
     context: int = 1
     tensor: int = 1
     expert: int = 1
+    context_method: Method = "gather"
+    context_order: Order = "zigzag"
 
     @property
     def world(self) -> int:
@@ -74,24 +90,22 @@ class Layout:
 # What a recipe may ask for, and this version cannot do. A size above one is refused.
 MISSING = {
     "pipeline": "pipeline parallelism",
-    "context": "context parallelism",
 }
 
 
 def check_layout(
-    config: ParallelConfig, world: int, model: TransformerConfig, batch_size: int, length: int | None = None
+    config: ParallelConfig, world: int, model: TransformerConfig, batch_size: int, sequence_length: int | None = None
 ) -> Layout:
-    """The layout for `world` processes, if model and batch, of rows of `length` tokens, can be cut like this.
+    """The layout for `world` processes, if model and batch can be cut like this.
+
+    sequence_length: of the rows; None where it is not known yet, and left to `own_part`.
 
     Needs no process group. Raises one ConfigError with everything that does not fit, each with its nearest fix.
     """
     layout = config.layout(world)
-    problems = list(_problems(config, layout, model, batch_size))
-    if length is not None and length % layout.tensor:
-        below = length // layout.tensor * layout.tensor
-        fits = ", ".join(str(n) for n in (below, below + layout.tensor) if n)
-        message = f"{length} tokens cannot be shared out equally to parallel.tensor={layout.tensor}; try {fits}"
-        problems.append(("training.sequence_length", message))
+    problems = [*_problems(config, layout, model, batch_size), *context_problems(layout, model)]
+    if sequence_length is not None:
+        problems += _length_problems(layout, sequence_length)
     if problems:
         raise ConfigError("\n".join(f"{key}: {message}" for key, message in problems))
     return layout
@@ -152,10 +166,53 @@ def _expert_misfit(size: int, shared: int, experts: int, inner: int, dim: int) -
     return None
 
 
+def context_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, str]]:
+    """(key, message) for each reason why rows of this model cannot be cut over ranks like this."""
+    if layout.context == 1:
+        return
+    for kind in sorted({_kind(layer) for layer in _layers(model) if not _in_parts(layer)}):
+        yield "parallel.context", f"{layout.context}, but {kind} needs whole rows; set it to 1"
+    if layout.context_method == "ulysses":
+        shared = f" / parallel.tensor={layout.tensor}" if layout.tensor > 1 else ""
+        for key, size in _divided(model, "heads", "kv_heads"):
+            here = max(1, size // layout.tensor)
+            if here % layout.context:
+                message = f"ulysses deals heads to {layout.context} ranks, which does not divide {key}={size}{shared}"
+                yield "parallel.context", f"{message}; try {choices(here)}, or context_method: gather"
+                break
+
+
+def _length_problems(layout: Layout, length: int) -> Iterator[tuple[str, str]]:
+    chunks = layout.context * (2 if layout.context > 1 and layout.context_order == "zigzag" else 1)
+    unit = math.lcm(chunks, layout.context * layout.tensor)
+    fits = " or ".join(str(fit) for fit in (length // unit * unit, -(-length // unit) * unit) if fit)
+    if length % chunks:
+        cut = f"{layout.context_order} parts for parallel.context={layout.context} are {chunks} equal chunks of a row"
+        yield "training.sequence_length", f"{cut}, and {length} is no multiple of {chunks}; try {fits}"
+    elif length % unit:
+        shared = f"parallel.tensor={layout.tensor} shares the {length // layout.context} tokens of a part of a row"
+        yield "training.sequence_length", f"{shared}, and {length} is no multiple of {unit}; try {fits}"
+
+
+def _layers(model: TransformerConfig) -> list[LayerConfig]:
+    """Those of the stack, and that of multi-token prediction."""
+    further: Any = getattr(model.multi_token, "layer", None)
+    return [*model.expand(), *([] if further is None else further.expand())]
+
+
+def _in_parts(layer: LayerConfig) -> bool:
+    return getattr(getattr(layer, "mixer", None), "in_parts", False)
+
+
+def _kind(layer: LayerConfig) -> str:
+    mixer: Any = getattr(layer, "mixer", layer)
+    return str(mixer.kind)
+
+
 def _divided(model: TransformerConfig, *keys: str) -> Iterator[tuple[str, int]]:
     """Each different size under one of these keys anywhere in the layers."""
     seen = set()
-    for layer in model.expand():
+    for layer in _layers(model):
         for part in ("mixer", "feedforward"):
             for key in keys:
                 size: Any = getattr(getattr(layer, part, None), key, None)

@@ -105,6 +105,12 @@ class Mesh:
             dist.all_reduce(tensor, group=self.batch.get_group())
         return tensor
 
+    def sum_parts(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks that hold parts of the same rows, in place."""
+        if self.context is not None:
+            dist.all_reduce(tensor, group=self.context.get_group())
+        return tensor
+
     def sum_counts(self, *counts: int) -> list[int]:
         """The same of whole numbers that the host knows: the device is not waited for."""
         return [int(count) for count in self.sum(torch.tensor(counts, dtype=torch.int64)).tolist()]

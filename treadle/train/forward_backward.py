@@ -8,6 +8,7 @@ from torch import Tensor
 
 from treadle.data.packing import Batch
 from treadle.nn.transformer import Transformer
+from treadle.parallel.context import own_part
 from treadle.parallel.data import synchronise_gradients
 from treadle.parallel.mesh import Mesh
 from treadle.train.losses import LossFunction
@@ -40,23 +41,24 @@ def forward_backward(
 ) -> StepResult:
     """Add the gradient of sum(loss) / valid tokens, over all micro-batches of a step, to the parameters' `.grad`.
 
-    batches: this process's part of the step. Sums and means are over all processes of the mesh, and so is the gradient.
+    batches: this process's rows of the step, whole where the mesh cuts them over ranks (`own_part`).
+    Sums and means are over all processes of the mesh, and so is the gradient.
 
     Mixtures of experts add the gradient of their own losses, which `loss` does not count (`treadle.train.routing`).
     loss_scale multiplies the gradient only (fp16). Raises ValueError when no token at all counts.
     """
     watch, mesh = watch or Stopwatch("cpu"), mesh or Mesh()
+    device = model.device
+    batches = [own_part(batch, mesh, device) for batch in batches]
     here = (sum(batch.valid_tokens for batch in batches), sum(batch.tokens_BS.numel() for batch in batches))
     tokens, positions = mesh.sum_counts(*here)
     if tokens == 0:
         raise ValueError("no token of this batch counts towards the loss")
-    device = model.device
     total = torch.zeros((), device=device)
     sums: dict[str, Tensor] = {}
     with observed(model, positions, loss_scale, mesh) as loads:
         for number, batch in enumerate(batches, start=1):
             synchronise_gradients(model, number == len(batches))
-            batch = batch.to(device, non_blocking=True)
             with watch("forward"):
                 loss = loss_function(model, batch)
             with watch("backward"):

@@ -130,9 +130,8 @@ class Session:
 def open_processes(config: SessionConfig) -> Iterator[Mesh]:
     """The processes that share the run, each on its device. Raises ConfigError before any of them is waited for."""
     world = World.here()
-    layout = check_layout(
-        config.parallel, world.size, config.model, config.training.batch_size, config.training.sequence_length
-    )
+    training = config.training
+    layout = check_layout(config.parallel, world.size, config.model, training.batch_size, training.sequence_length)
     with open_mesh(layout, find_device(config.device, world), timeout=config.parallel.timeout) as mesh:
         yield mesh
 

@@ -7,7 +7,7 @@ from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.parallel.activation_checkpointing import apply_activation_checkpointing
 from treadle.parallel.compile import compile_layers
-from treadle.parallel.config import ParallelConfig
+from treadle.parallel.config import ParallelConfig, context_problems
 from treadle.parallel.data import shard_data
 from treadle.parallel.expert import distribute_experts
 from treadle.parallel.mesh import Mesh
@@ -46,6 +46,8 @@ def build_model(
     given memory and values, so that no process ever holds more than its part.
     """
     mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
+    for key, message in context_problems(mesh.layout, config):  # a wrong model would train without a word
+        raise ConfigError(f"{key}: {message}")
     model = build_meta(config)
     model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
     shard_tensor(model, mesh, parallel)
