@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.attention import AttentionContext, AttentionFacts, attend, flash, flex
-from treadle.attention.context_parallel import in_rank_order
+from treadle.attention import AttentionContext, AttentionFacts, attend, flash, flex, tables
+from treadle.attention.context_parallel import in_rank_order, in_row_order, shared
 from treadle.attention.facts import visible
 from treadle.attention.parts import Parts
 from treadle.attention.ring import _Pairs
@@ -142,6 +142,37 @@ def test_flex_skips_what_no_part_sees() -> None:
         visited = flex.block_mask(AttentionFacts(), in_rank_order(whole.cut(part))).to_dense()[0, 0]
         assert visited.shape == (4, 16)
         assert int(visited.sum()) == 16 * 17 // 2 // 4
+
+
+@pytest.mark.parametrize("method", ["gather", "ulysses"])
+def test_layers_find_their_tables_made(method: str) -> None:
+    """A layer that is recomputed computes none of them again: what its mask is made of is what was handed to it."""
+    documents_BS = torch.tensor([[0] * 100 + [1] * 300 + [2] * 112])
+    cut = AttentionContext.packed(documents_BS).cut(all_parts("zigzag", 2, method)[1])
+    facts = AttentionFacts(window=200)
+    local, made = shared(cut)
+    assert local is not None
+    made = made | {flex.key(facts): flex.tables(facts, local)}
+    as_layers_do = in_rank_order if method == "gather" else in_row_order
+    context = as_layers_do(replace(cut, tables=made))
+    mask = flex.block_mask(facts, context)
+    assert mask.seq_lengths == (context.positions_BS.shape[1], 512)
+    given = {id(tensor) for tensors in made.values() for tensor in tensors}
+    assert {id(t) for t in (mask.kv_num_blocks, mask.kv_indices, mask.q_num_blocks, mask.q_indices)} <= given
+    if method == "gather":
+        assert context.keys is not None
+        assert {id(t) for t in vars(context.keys).values()} <= given
+    fresh = flex.block_mask(facts, as_layers_do(cut))
+    assert torch.equal(mask.to_dense(), fresh.to_dense())
+
+
+def test_only_what_is_used_is_made() -> None:
+    whole = AttentionContext.causal(1, 256)
+    made = {m: tables(AttentionFacts(), whole.cut(all_parts("zigzag", 2, m)[0])) for m in ("gather", "ring", "ulysses")}
+    places, there = made.pop("gather")["keys of all ranks"]
+    assert places.tolist() == [*range(64), *range(192, 256)]
+    assert there.tolist() == [*range(64), *range(192, 256), *range(64, 192)]
+    assert made == {"ring": {}, "ulysses": {}}
 
 
 def test_rows_that_cannot_be_cut() -> None:
