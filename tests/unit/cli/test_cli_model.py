@@ -1,5 +1,6 @@
 """`treadle model`: the numbers that a reader would work out by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,24 @@ def test_a_model_without_vocabulary_is_explained(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "vocab_size: not set" in result.output
     assert "[64 × 16]" in run("show", str(path), "vocab_size=64")
+
+
+def test_a_hugging_face_folder_is_shown_and_compared(tmp_path: Path) -> None:
+    """Its config.json is enough."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+    }
+    config |= {"num_attention_heads": 4, "max_position_embeddings": 32}
+    for name, width in (("a", 24), ("b", 32)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "intermediate_size": width}))
+    layer = 2 * 16 + 4 * 16 * 16 + 3 * 16 * 24
+    assert f"{3 * layer + 2 * 64 * 16 + 16:,} parameters" in run("show", str(tmp_path / "a"))
+    assert f"{3 * layer + 2 * 80 * 16 + 16:,} parameters" in run("show", str(tmp_path / "a"), "vocab_size=80")
+    differing = run("diff", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert "feedforward.dim" in differing
+    assert "32" in differing

@@ -94,6 +94,18 @@ def test_redraw_needs_the_numbers_only(name, tmp_path, capsys):
         redraw(name, out)
 
 
+def test_quick_numbers_stay_with_the_runs(tmp_path):
+    """The figures of the documentation are not drawn anew at toy sizes."""
+    figures = REPOSITORY / "docs/figures"
+    before = {path.name: path.stat().st_mtime_ns for path in figures.glob("*")}
+    experiment = script("experiment")
+    asked = experiment.arguments("", runs="x", jobs=1).parse_args(["--quick", "--runs", str(tmp_path)])
+    measured = NUMBERS["mqar"] | {"quick": True}
+    experiment.carry_out(asked, "mqar", lambda _: measured, script("mqar").draw, script("mqar").table)
+    assert {"mqar.json", "mqar.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert {path.name: path.stat().st_mtime_ns for path in figures.glob("*")} == before
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_has_the_committed_numbers(name):
     page, numbers = (REPOSITORY / "docs/experiments.md").read_text(), REPOSITORY / f"docs/figures/{name}.json"

@@ -81,8 +81,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         treadle.run(overrides=["task.pairs=2"], resume=half)
     with pytest.raises(CheckpointError, match="holds another architecture"):
         treadle.run(overrides=["model.layers.0.feedforward.dim=96"], resume=half)
-    with pytest.raises(DataError, match="tokenizer"):
-        treadle.load(half)  # there is no text to generate
+    model, tokenizer = treadle.load(half)
+    assert tokenizer is None
+    with pytest.raises(DataError, match="the model has no tokenizer"):
+        treadle.generate(model, tokenizer)
 
 
 def test_numbers_of_pairs_are_scored_apart(tmp_path):

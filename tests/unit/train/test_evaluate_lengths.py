@@ -76,6 +76,8 @@ def test_another_scaling_of_the_same_weights(tied):
     layers[0]["mixer"] = {**mixer, "position": "alibi"}
     with pytest.raises(ConfigError, match="no rotary positions"):
         with_scaling(make_model(layers=layers), LinearScalingConfig(factor=4.0))
+    with pytest.raises(ConfigError, match="one number of rotary frequencies; the model's layers have none"):
+        search_divisors(make_model(layers=layers), [], original_length=16)
 
 
 def test_a_search_is_never_worse_than_where_it_began():
