@@ -15,6 +15,7 @@ from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import own_parameters
 from treadle.parallel.shards import gather
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
@@ -50,6 +51,7 @@ MODELS: dict[str, TransformerConfig] = {
     "delta": spec([layer(DELTA), layer(repeat=1)]),
     "latent": spec([layer(LATENT, repeat=1), layer(repeat=1)]),
     "further": spec(multi_token={"kind": "sequential", "depth": 2, "weight": 0.3}),
+    "deep": spec([layer(repeat=5)]),
     "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
 }
 
@@ -90,7 +92,7 @@ def step_of(
     built = build_model(MODELS[model], config, seed=0, mesh=mesh, parallel=parallel)
     batches = loader(mesh).micro_batches(0, rows)
     result = forward_backward(built, batches, partial(cross_entropy, z_loss=1e-3), mesh=mesh)
-    norm = gradient_norm(built.parameters(), mesh)
+    norm = gradient_norm(own_parameters(built), mesh)
     gradients = {n: whole(p.grad) for n, p in built.named_parameters() if p.grad is not None}
     return {
         "loss": result.loss.item(),

@@ -68,13 +68,17 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_NI: Tensor, ends_E: Tensor, *, tail: bool = False) -> Tensor:
         """See `treadle.kernels.grouped_linear`. Rows of the tail, which no expert takes, come out as zeros."""
-        weight_EOI = self.weight.to(x_NI.dtype)
-        y_NO = grouped_linear(x_NI, weight_EOI, ends_E, tail=tail, implementation=self.implementation)
+        y_NO = self.product(x_NI, ends_E, tail)
         if self.bias is None:
             return y_NO
         rows_N = torch.arange(x_NI.shape[0], device=x_NI.device)
         expert_N = torch.searchsorted(ends_E, rows_N, right=True)
         return y_NO + F.pad(self.bias.to(x_NI.dtype), (0, 0, 0, 1))[expert_N]
+
+    def product(self, x_NI: Tensor, ends_E: Tensor, tail: bool) -> Tensor:
+        """The matmul alone, without bias."""
+        weight_EOI = self.weight.to(x_NI.dtype)
+        return grouped_linear(x_NI, weight_EOI, ends_E, tail=tail, implementation=self.implementation)
 
     def active_elements(self) -> int:
         return self.weight.numel() // self.weight.shape[0] * self.active

@@ -10,6 +10,7 @@ from treadle.parallel.compile import compile_layers
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.data import shard_data
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import cut
 from treadle.parallel.shards import piece
 from treadle.train.config import Precision, TrainingConfig
 from treadle.train.optimizers import OptimizerConfig
@@ -45,6 +46,7 @@ def build_model(
     """
     mesh, parallel = mesh or Mesh(), parallel or ParallelConfig()
     model = build_meta(config)
+    cut(model, mesh, parallel, training.sequence_length)
     model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
         apply_activation_checkpointing(layers, training.activation_checkpointing)
