@@ -71,7 +71,7 @@ def _start(
 
     folder = None if resume is None else treadle.find_run(resume, root)
     config: Any = recipes.load(recipe or folder / "config.yaml", changes, preset)  # type: ignore[operator]
-    check_layout(config.parallel, processes, config.model, config.training.batch_size)
+    check_layout(config.parallel, processes, config.model, config.training.batch_size, config.training.rows)
     arguments = ["train", *([str(recipe)] if recipe else []), *changes]
     if folder is not None:
         arguments += ["--resume", str(folder)]

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -20,11 +19,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
     groups = _by_mesh(parameters)
     norms = [gather(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
     total = (torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]).to(mesh.device)
-    if mesh.pipeline is None:
-        return total
-    squares = total.square()
-    dist.all_reduce(squares, group=mesh.pipeline.get_group())
-    return squares.sqrt()
+    return total if mesh.pipeline is None else mesh.sum_stages(total.square()).sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:

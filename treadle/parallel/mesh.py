@@ -92,6 +92,12 @@ class Mesh:
             dist.all_reduce(tensor, group=self.batch.get_group())
         return tensor
 
+    def sum_stages(self, tensor: Tensor) -> Tensor:
+        """The sum over the stages of a pipeline, in place: of what most of them have nothing of."""
+        if self.pipeline is not None:
+            dist.all_reduce(tensor, group=self.pipeline.get_group())
+        return tensor
+
     def sum_counts(self, *counts: int) -> list[int]:
         """The same of whole numbers that the host knows: the device is not waited for."""
         return [int(count) for count in self.sum(torch.tensor(counts, dtype=torch.int64)).tolist()]

@@ -165,6 +165,8 @@ class Pipeline:
         self.first, self.last = 0 in stages, self.count - 1 in stages
         self.group = mesh.pipeline.get_group()
         self.ranks = [dist.get_global_rank(self.group, _process(stage, config)) for stage in range(self.count)]
+        # Of the pipelines beside each other, the first one's last stage: whose word is taken where one has to choose.
+        self.end_rank = _process(self.count - 1, config) * (mesh.world.size // config.pipeline)
         self.copies: set[str] = set()
         if self.first != self.last:
             shared = ("embedding.",) if model.config.tied or model.config.multi_token else ()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from treadle.nn.flops import training_flops
+from treadle.nn.store import build_meta
 from treadle.parallel.data import release
 from treadle.tracking.run import Run
 from treadle.train.checkpoint import Checkpointer
@@ -33,7 +34,8 @@ class Metrics(Callback):
         self.latest: dict[str, float] = {}
 
     def start(self, loop: Loop) -> None:
-        self.flops_per_step = training_flops(loop.state.model, self.length) * self.positions
+        whole = build_meta(loop.state.model.config)  # here there may be a stage of it only
+        self.flops_per_step = training_flops(whole, self.length) * self.positions
         peak = peak_flops(loop.device)
         self.peak = None if peak is None else peak * loop.mesh.world.size
         if self.peak is None:
