@@ -6,7 +6,12 @@ command line prints them without a traceback; everything else that escapes is a 
 
 
 class TreadleError(Exception):
-    """Base of every error that the user's input, not our code, has caused."""
+    """Base of every error that the user's input, not our code, has caused.
+
+    everywhere: all processes of a run raise it, so that the leading one's message is enough.
+    """
+
+    everywhere = False
 
 
 class ConfigError(TreadleError):

@@ -22,7 +22,7 @@ from treadle.errors import TreadleError
 
 # In the order of `treadle --help`. A command is the function of the same name in its module; a group is its `app`.
 COMMANDS = ("train", "generate")
-SECONDS_FOR_THE_LEADER = 1.0  # what all processes complain about, the leading one says, and its end is theirs
+SECONDS_FOR_THE_LEADER = 3.0  # what all processes complain about, the leading one says, and its end is theirs
 GROUPS = ("tokenizer", "data", "model", "convert", "runs", "config")
 
 
@@ -48,7 +48,8 @@ class _LazyGroup(TyperGroup):
                 raise
             if not _leads():
                 time.sleep(SECONDS_FOR_THE_LEADER)
-            _print_error(error)
+            if _leads() or not error.everywhere:
+                _print_error(error)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

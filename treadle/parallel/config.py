@@ -132,7 +132,7 @@ def _problems(
         yield "parallel.cpu_offload", "it needs at least two processes"
     for key, what in MISSING.items():
         if getattr(layout, key) > 1:
-            yield f"parallel.{key}", f"{getattr(layout, key)}, but {what} does not exist yet; set it to 1"
+            yield f"parallel.{key}", f"{getattr(layout, key)}, but there is no {what} yet; set it to 1"
 
 
 def _pipeline_problems(config: ParallelConfig, layers: int, rows: int, at_a_time: int) -> Iterator[tuple[str, str]]:

@@ -51,4 +51,6 @@ def _failure(error: object) -> BaseException:
         print(f"rank {rank} ended first, with exit code {failure.exitcode}", file=sys.stderr)
         return SystemExit(failure.exitcode)
     name = signal.Signals(-failure.exitcode).name
-    return TrainingError(f"rank {rank} was killed by {name}; all others were stopped. Go on with: treadle train --resume")
+    return TrainingError(
+        f"rank {rank} was killed by {name}; all others were stopped. Go on with: treadle train --resume"
+    )

@@ -30,8 +30,14 @@ def on_whole_matrices(parameters: Sequence[Tensor], values: Sequence[Tensor], fu
         if not isinstance(parameter, DTensor) or groups == (None, None):
             results[number] = function(number, local)
         elif groups is None:  # spread in more than one direction
-            shape = {"shape": parameter.shape, "stride": parameter.stride()}
-            spread = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, **shape)
+            spread: DTensor = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
             results[number] = cut_like(function(number, spread.full_tensor()), parameter)
         else:
             dealt.setdefault(groups, []).append(number)
@@ -70,8 +76,8 @@ def _deal(
     size, copies = _size(row_group), _size(copy_group)
     hands = [range(k * size, min((k + 1) * size, len(numbers))) for k in range(copies)]
     mine = hands[_rank(copy_group)]
-    own = [[sequence[k] for k in mine] for sequence in (numbers, parameters, values)]
-    found = _exchange(*own, row_group, function)  # type: ignore[arg-type]
+    own = [numbers[k] for k in mine]
+    found = _exchange(own, [parameters[k] for k in mine], [values[k] for k in mine], row_group, function)
     if copy_group is None:
         return dict(zip((numbers[k] for k in mine), found, strict=True))
     lengths = [sum(values[k].numel() for k in hand) for hand in hands]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, TreadleError
 from treadle.parallel.config import Layout
 
 T = TypeVar("T")
@@ -128,6 +128,8 @@ class Mesh:
                 made[1] = error
         dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
         if made[1] is not None:
+            if isinstance(made[1], TreadleError):
+                made[1].everywhere = True
             raise made[1]
         return made[0]  # type: ignore[no-any-return]
 

@@ -72,9 +72,8 @@ class Checkpointer:
         error = _failure(future)
         if self.mesh.any(error is not None):
             error = error or RuntimeError("another process could not write its part")
-        elif self.mesh.leads:
-            error = self._publish(step, facts)
-        error = error or self.mesh.leaders(lambda: error)
+        else:
+            error = self.mesh.leaders(lambda: self._publish(step, facts))
         if error is not None:
             if self.mesh.leads:
                 shutil.rmtree(self._temporary(step), ignore_errors=True)
@@ -94,7 +93,7 @@ class Checkpointer:
             os.replace(temporary, self.path(step))
             _sync(self.folder)  # the new name must last before older checkpoints go
         except OSError as error:
-            return OSError(str(error))  # plain, to be told to the other processes
+            return OSError(str(error))
         return None
 
     def steps(self) -> list[int]:
@@ -138,9 +137,6 @@ class Checkpointer:
 
     def _write(self, state: TrainState) -> "Future[Any]":
         temporary = self._temporary(state.step)
-        if self.mesh.leads:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.mesh.wait()
         # A group of its own: what a save exchanges in the background must not mix with the steps that go on.
         options: dict[str, Any] = {
             "checkpoint_id": str(temporary),
@@ -148,8 +144,11 @@ class Checkpointer:
             "process_group": self.mesh.background,
         }
         done: Future[Any] = Future()
+        refused = self.mesh.leaders(lambda: self._begin(temporary))
+        if refused is not None:
+            done.set_exception(refused)
+            return done
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if self.config.asynchronous:
                 # Returns once the state is copied; the writing goes on in a thread.
                 response = dcp.async_save(state.tensors(), **options)
@@ -159,6 +158,15 @@ class Checkpointer:
         except (OSError, RuntimeError, CheckpointException) as error:
             done.set_exception(error)
         return done
+
+    def _begin(self, temporary: Path) -> Exception | None:
+        """Make room for a checkpoint; what went wrong, if anything."""
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return OSError(str(error))  # plain, to be told to the other processes
+        return None
 
     def _drop_old(self) -> None:
         steps = self.steps()

@@ -77,7 +77,7 @@ class Loop:
         *,
         mesh: Mesh | None = None,
         rescue: Path | None = None,
-        timeout: float = math.inf,
+        timeout: float = 1800.0,
     ):
         """rescue: folder where the batch of a non-finite step is saved, and what hangs (see `Watchdog`).
         timeout: seconds that a step or a callback may take.
@@ -165,7 +165,9 @@ class Loop:
             batch = [{"tokens": b.tokens_BS, "targets": b.targets_BS, "samples": b.samples_B} for b in batches]
             torch.save(batch, path)
             message += f" The batch is in {path}."
-        raise TrainingError(f"{message} Lower optimizer.lr, lengthen schedule.warmup, or resume from a checkpoint.")
+        error = TrainingError(f"{message} Lower optimizer.lr, lengthen schedule.warmup, or resume from a checkpoint.")
+        error.everywhere = True
+        raise error
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
