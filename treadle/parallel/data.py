@@ -89,8 +89,6 @@ def reduce_gradients(model: nn.Module) -> None:
     for state in root._state_ctx.all_states:
         found = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
         groups += [group for group in found if group is not None]
-    for group in groups:  # first bring all to the dtype that they are summed in
-        group.post_backward()
     model.set_is_last_backward(True)
     model.set_reshard_after_backward(True)
     model.set_requires_gradient_sync(True)

@@ -125,9 +125,6 @@ def _gradient(weight: Tensor) -> Tensor:
     """What a weight's gradient is added up in, zeros to begin with: in float32, also where FSDP's weight is narrower."""
     if weight.grad is None:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        if hasattr(weight, "grad_dtype"):
-            weight.grad_dtype = wide
-        else:  # an older PyTorch, where a gradient has the dtype of its weight
-            wide = weight.dtype
+        weight.grad_dtype = wide
         weight.grad = torch.zeros_like(weight, dtype=wide)
     return weight.grad
