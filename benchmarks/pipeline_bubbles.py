@@ -58,7 +58,7 @@ def actions(order: list[Any]) -> list[Action]:
 
 
 def simulate(schedule: Schedule, processes: int, number: int) -> tuple[float, float]:
-    """Share of the time that processes are idle; most activations on one of them, in micro-batches of all its layers."""
+    """Share of the time that processes are idle; most activations on one, in micro-batches of all its layers."""
     waiting, stages = orders(schedule, processes, number)
     each = stages // processes
     done: dict[Action, float] = {}
@@ -87,12 +87,12 @@ def simulate(schedule: Schedule, processes: int, number: int) -> tuple[float, fl
 
 def main(
     processes: Annotated[int, typer.Option(help="processes of the pipeline")] = 4,
-    micro_batches: Annotated[list[int] | None, typer.Option(help="of each process's batch")] = None,
+    micro_batches: Annotated[list[int] | None, typer.Option(help="numbers of them to compare")] = None,
 ) -> None:
     logging.disable(logging.CRITICAL)
     dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
-    numbers = micro_batches or [8, 32]
-    table = Table("schedule", *(f"idle, {n} micro-batches" for n in numbers), *(f"held, {n}" for n in numbers))
+    numbers = micro_batches or [8, 32]  # dualpipev needs at least two for each process
+    table = Table("schedule", *(f"idle, {n}" for n in numbers), *(f"held, {n}" for n in numbers))
     for schedule in CLASSES:
         found = [simulate(schedule, processes, number) for number in numbers]
         table.add_row(schedule, *(f"{idle:.1%}" for idle, _ in found), *(f"{held:g}" for _, held in found))

@@ -54,9 +54,20 @@ MODELS: dict[str, TransformerConfig] = {
     "deep": spec([layer(repeat=5)]),
     "deeper": spec([layer(repeat=9)]),
     "deep-tied": spec([layer(repeat=5)], tied=True),
-    "deep-moe": spec([layer(feedforward={**MOE, "bias": True}), layer(), layer(feedforward={**MOE, "compute": "loop", "capacity": 1.0})]),
+    "deep-moe": spec(
+        [
+            layer(feedforward={**MOE, "bias": True}),
+            layer(),
+            layer(feedforward={**MOE, "compute": "loop", "capacity": 1.0}),
+        ]
+    ),
     "deep-latent": spec([layer(LATENT, repeat=1), layer(DELTA, repeat=1), layer({**ATTENTION, "bias": True})]),
-    "deep-further": spec([layer(repeat=4)], tied=True, embedding_norm={"kind": "rms"}, multi_token={"kind": "sequential", "depth": 2, "weight": 0.3}),
+    "deep-further": spec(
+        [layer(repeat=4)],
+        tied=True,
+        embedding_norm={"kind": "rms"},
+        multi_token={"kind": "sequential", "depth": 2, "weight": 0.3},
+    ),
     "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
 }
 

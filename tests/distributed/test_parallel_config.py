@@ -40,8 +40,8 @@ def test_what_is_left_is_sharded():
         (
             2,
             {"pipeline": 2, "rows": 8},
-            r"micro_batch_size: 8 cuts the 8 rows of a process into 1 micro-batches; schedule=1f1b needs equal ones and "
-            r"at least 2: try 1, 2, 4",
+            r"micro_batch_size: 8 cuts the 8 rows of a process into 1 micro-batches; schedule=1f1b needs equal "
+            r"ones and at least 2: try 1, 2, 4",
         ),
         (2, {"pipeline": 2, "rows": 3}, r"micro_batch_size: 3 cuts .* into 3 micro-batches; .* try 1, 2, 4"),
         (2, {"pipeline": 2, "batch_size": 1}, r"at least 2: raise training\.batch_size"),

@@ -107,7 +107,15 @@ CASES: dict[str, tuple[int, str, str, int, dict[str, Any], dict[str, Any], dict[
     "recompute": (2, "deep", "1f1b", 2, {}, {}, {"activation_checkpointing": "full"}),
     "recompute-v": (2, "deep", "zbv", 2, {}, {}, {"activation_checkpointing": "full"}),
     "selective-v": (2, "deep", "zbv", 2, {}, {}, {"activation_checkpointing": "selective"}),
-    "recompute-fsdp-v-freed": (4, "deep", "zbv", 1, {}, {"reshard": "after_forward"}, {"activation_checkpointing": "full"}),
+    "recompute-fsdp-v-freed": (
+        4,
+        "deep",
+        "zbv",
+        1,
+        {},
+        {"reshard": "after_forward"},
+        {"activation_checkpointing": "full"},
+    ),
     "dealt": (2, "deep", "1f1b", 2, {}, {"stage_layers": [4, 1]}, {}),
 }
 
@@ -149,7 +157,9 @@ def counted(model: str, schedule: str, sizes: dict[str, int], rows: int) -> tupl
             add(*arguments)
 
         weight_gradients.add_outer_products = adding
-        built = build_model(MODELS[model], config, seed=0, mesh=mesh, parallel=ParallelConfig(**sizes, schedule=schedule))
+        built = build_model(
+            MODELS[model], config, seed=0, mesh=mesh, parallel=ParallelConfig(**sizes, schedule=schedule)
+        )
         names = {module: name for name, module in built.named_modules() if isinstance(module, DeferringLinear)}
         batches = loader(mesh).micro_batches(0, rows)
         forward_backward(built, batches, cross_entropy, mesh=mesh)

@@ -169,9 +169,11 @@ class Pipeline:
         self.end_rank = _process(self.count - 1, config) * (mesh.world.size // config.pipeline)
         self.copies: set[str] = set()
         if self.first != self.last:
-            shared = ("embedding.",) if model.config.tied or model.config.multi_token else ()
-            shared += ("embedding_norm.",) if model.config.multi_token else ()
-            self.copies = {name for name, _ in model.named_parameters() if name.startswith(shared)}
+            both = {
+                "embedding": model.config.tied or model.config.multi_token,
+                "embedding_norm": model.config.multi_token,
+            }
+            self.copies = {name for name, _ in model.named_parameters() if both.get(name.partition(".")[0])}
         self.queues: dict[int, WeightGradients] = {}
         if config.schedule in ZERO_BUBBLE:
             for stage, layers in stages.items():
@@ -308,8 +310,7 @@ class _StageModule(nn.Module):
         try:
             return self.objective(_AtStage.of(model, hidden), self.batches[int(number)])
         except _NotTheLast as reached:
-            assert reached.x_BSD is not None
-            return reached.x_BSD
+            return cast(Tensor, reached.x_BSD)
 
 
 class _NotTheLast(BaseException):

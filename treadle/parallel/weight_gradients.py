@@ -27,7 +27,7 @@ class WeightGradients:
         self.waiting: list[Callable[[], None]] = []
 
     def take(self) -> Callable[[], None]:
-        """All that waits now, as one function: PyTorch asks for it after each backward (`PipelineStage(dw_builder=)`)."""
+        """All that waits now, as one function. PyTorch asks for it after each backward (`dw_builder`)."""
         taken, self.waiting = self.waiting, []
 
         def run() -> None:
@@ -122,7 +122,7 @@ class _GroupedLinear(autograd.Function):
 
 
 def _gradient(weight: Tensor) -> Tensor:
-    """What a weight's gradient is added up in, zeros to begin with: in float32, also where FSDP's weight is narrower."""
+    """What a weight's gradient is added up in, at first zeros: in float32, also where FSDP's weight is narrower."""
     if weight.grad is None:
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight.grad_dtype = wide
