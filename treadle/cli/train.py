@@ -71,7 +71,10 @@ def _start(
 
     folder = None if resume is None else treadle.find_run(resume, root)
     config: Any = recipes.load(recipe or folder / "config.yaml", changes, preset)  # type: ignore[operator]
-    check_layout(config.parallel, processes, config.model, config.training.batch_size, config.training.sequence_length)
+    training = config.training
+    check_layout(
+        config.parallel, processes, config.model, training.batch_size, training.sequence_length, rows=training.rows
+    )
     arguments = ["train", *([str(recipe)] if recipe else []), *changes]
     if folder is not None:
         arguments += ["--resume", str(folder)]

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pydantic import Field, PositiveInt
+from torch import Tensor
 
 from treadle.config import Config
 from treadle.data.batches import Batches
@@ -12,6 +14,7 @@ from treadle.data.packing import Batch
 from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import at_the_end
 
 
 class AccuracyConfig(Config):
@@ -48,18 +51,23 @@ def evaluate_accuracy(
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     answers = rows = 0
     for batch in batches:
-        on_device = batch.to(device)
-        hidden_BSD = model.hidden(on_device.tokens_BS, replace(on_device.context, backend=attention))
-        asked_BS = on_device.targets_BS != IGNORED
-        right_BS = torch.ones_like(asked_BS)
-        right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == on_device.targets_BS[asked_BS]
-        some_B = asked_BS.any(dim=1)
-        counts += torch.stack((right_BS[asked_BS].sum(), right_BS.all(dim=1)[some_B].sum()))
+        found = at_the_end(model, partial(_correct, batch=batch.to(device), attention=attention))
+        counts += 0 if found is None else found
         answers, rows = answers + batch.valid_tokens, rows + int((batch.targets_BS != IGNORED).any(dim=1).sum())
     model.train(training)
-    correct, rows_correct = mesh.sum(counts).tolist()
+    correct, rows_correct = mesh.sum_stages(mesh.sum(counts)).tolist()
     answers, rows = mesh.sum_counts(answers, rows)
     return Accuracy(correct, answers, rows_correct, rows)
+
+
+def _correct(model: Transformer, batch: Batch, attention: str) -> Tensor:
+    """Right answers, and rows with nothing but those.  -> counts_2"""
+    hidden_BSD = model.hidden(batch.tokens_BS, replace(batch.context, backend=attention))
+    asked_BS = batch.targets_BS != IGNORED
+    right_BS = torch.ones_like(asked_BS)
+    right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == batch.targets_BS[asked_BS]
+    some_B = asked_BS.any(dim=1)
+    return torch.stack((right_BS[asked_BS].sum(), right_BS.all(dim=1)[some_B].sum()))
 
 
 def shared_out(data: Batches, samples: int, rows: int, mesh: Mesh) -> Iterator[Batch]:

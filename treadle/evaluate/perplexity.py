@@ -2,14 +2,18 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from treadle.config import Config
 from treadle.data.loader import Sequential
+from treadle.data.packing import Batch
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import at_the_end
 
 
 class EvaluateConfig(Config):
@@ -61,9 +65,13 @@ def evaluate_perplexity(
     model.eval()
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in data:
-        on_device = batch.to(device)
-        hidden_BSD = model.hidden(on_device.tokens_BS, replace(on_device.context, backend=attention))
-        nats += model.head.cross_entropy(hidden_BSD, on_device.targets_BS)
+        found = at_the_end(model, partial(_nats, batch=batch.to(device), attention=attention))
+        nats += 0 if found is None else found
         tokens += batch.valid_tokens
     model.train(training)
-    return Perplexity(mesh.sum(nats).item(), mesh.sum_counts(tokens)[0], text_bytes)
+    return Perplexity(mesh.sum_stages(mesh.sum(nats)).item(), mesh.sum_counts(tokens)[0], text_bytes)
+
+
+def _nats(model: Transformer, batch: Batch, attention: str) -> Tensor:
+    hidden_BSD = model.hidden(batch.tokens_BS, replace(batch.context, backend=attention))
+    return model.head.cross_entropy(hidden_BSD, batch.targets_BS)
