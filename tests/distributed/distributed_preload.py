@@ -4,6 +4,7 @@ import torch._dynamo
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.checkpoint.state_dict_saver
 import torch.distributed.fsdp
+import torch.distributed.pipelining
 import torch.distributed.tensor.parallel  # noqa: F401
 
 import treadle.recipes.pretrain

@@ -16,6 +16,7 @@ from treadle.parallel.config import ParallelConfig
 from treadle.parallel.context import own_part
 from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import own_parameters
 from treadle.parallel.shards import Parts, copy_whole, gather, parts_of
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
@@ -98,6 +99,23 @@ MODELS: dict[str, TransformerConfig] = {
         position={"kind": "learned"},
     ),
     "even": spec([layer(feedforward={**MOE, "balance_loss": 0.0})]),
+    "deep": spec([layer(repeat=5)]),
+    "deeper": spec([layer(repeat=9)]),
+    "deep-tied": spec([layer(repeat=5)], tied=True),
+    "deep-moe": spec(
+        [
+            layer(feedforward={**MOE, "bias": True}),
+            layer(),
+            layer(feedforward={**MOE, "compute": "loop", "capacity": 1.0}),
+        ]
+    ),
+    "deep-latent": spec([layer(LATENT, repeat=1), layer(DELTA, repeat=1), layer({**ATTENTION, "bias": True})]),
+    "deep-further": spec(
+        [layer(repeat=4)],
+        tied=True,
+        embedding_norm={"kind": "rms"},
+        multi_token={"kind": "sequential", "depth": 2, "weight": 0.3},
+    ),
     "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
 }
 
@@ -141,7 +159,7 @@ def step_of(
     vary(built)
     batches = loader(mesh).micro_batches(0, rows)
     result = forward_backward(built, batches, partial(cross_entropy, z_loss=1e-3), mesh=mesh)
-    norm = gradient_norm(built.parameters(), mesh)
+    norm = gradient_norm(own_parameters(built), mesh)
     gradients = {n: whole(p.grad, parts.get(n, ())) for n, p in built.named_parameters() if p.grad is not None}
     return {
         "loss": result.loss.item(),

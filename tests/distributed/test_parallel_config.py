@@ -9,8 +9,15 @@ from treadle.parallel.config import Layout, ParallelConfig, check_layout
 from treadle.parallel.mesh import Mesh, World, find_device
 
 
-def check(world: int, model: str = "plain", batch_size: int = 8, length: int | None = None, **sizes: object) -> Layout:
-    return check_layout(ParallelConfig(**sizes), world, MODELS[model], batch_size, length)
+def check(
+    world: int,
+    model: str = "plain",
+    batch_size: int = 8,
+    length: int | None = None,
+    rows: int = 1,
+    **sizes: object,
+) -> Layout:
+    return check_layout(ParallelConfig(**sizes), world, MODELS[model], batch_size, length, rows=rows)
 
 
 def test_what_is_left_is_sharded():
@@ -35,8 +42,45 @@ def test_what_is_left_is_sharded():
         (4, {"expert": 4, "model": "moe"}, r"parallel\.expert: 4 does not divide experts=6; try 1, 2"),
         (2, {"expert": 6, "model": "moe"}, r"parallel\.expert: 6 does not divide shard x context = 2; try 1, 2"),
         (4, {"pipeline": 4}, r"parallel\.pipeline: 4 is more than the model's 2 layers"),
+        (2, {"pipeline": 2, "schedule": "zbv"}, r"pipeline: 2 x 2 stages of schedule=zbv is more than .* 2 layers$"),
+        (4, {"pipeline": 4, "schedule": "zbv", "model": "deep"}, r"4 x 2 stages .* model's 5 layers; try 2"),
+        (2, {"pipeline": 2, "stages_per_process": 2}, r"stages_per_process: 2, but schedule=1f1b has 1; try interl"),
+        (2, {"pipeline": 2, "schedule": "zbv", "stages_per_process": 1}, r"1, but schedule=zbv has 2; leave it out"),
+        (2, {"pipeline": 2, "stage_layers": [1, 2]}, r"stage_layers: \[1, 2\] should be 2 numbers that add up to 2"),
+        (
+            2,
+            {"pipeline": 2, "rows": 8},
+            r"micro_batch_size: 8 cuts the 8 rows of a process into 1 micro-batches; schedule=1f1b needs equal "
+            r"ones and at least 2: try 1, 2, 4",
+        ),
+        (2, {"pipeline": 2, "rows": 3}, r"micro_batch_size: 3 cuts .* into 3 micro-batches; .* try 1, 2, 4"),
+        (2, {"pipeline": 2, "batch_size": 1}, r"at least 2: raise training\.batch_size"),
+        (
+            2,
+            {"pipeline": 2, "schedule": "interleaved_1f1b", "model": "deep", "batch_size": 5},
+            r"into 5 micro-batches; schedule=interleaved_1f1b needs equal ones, in rounds of 2 or more .* try 5",
+        ),
+        (
+            2,
+            {"pipeline": 2, "schedule": "dualpipev", "model": "deep", "rows": 4},
+            r"into 2 micro-batches; schedule=dualpipev needs equal ones and at least 4: try 1, 2",
+        ),
+        (
+            4,
+            {"pipeline": 2, "tensor": 2, "schedule": "zbv", "model": "deep"},
+            r"parallel\.schedule: zbv does not go together with parallel\.tensor=2; try 1f1b or interleaved_1f1b",
+        ),
+        (
+            4,
+            {"pipeline": 2, "expert": 2, "schedule": "interleaved_zero_bubble", "model": "deep-moe"},
+            r"parallel\.schedule: interleaved_zero_bubble does not go together with parallel\.expert=2; try 1f1b",
+        ),
         (1, {"cpu_offload": True}, r"parallel\.cpu_offload: it needs at least two processes"),
-        (2, {"pipeline": 2}, r"parallel\.pipeline: 2, but there is no pipeline parallelism yet"),
+        (
+            4,
+            {"pipeline": 2, "context": 2, "model": "deep"},
+            r"parallel\.context: 2 does not go together with parallel\.pipeline=2; set one of them to 1",
+        ),
         (2, {"context": 2, "model": "delta"}, r"parallel\.context: 2, but gated_delta needs whole rows; set it to 1"),
         (4, {"context": 4, "length": 20}, r"training\.sequence_length: zigzag .*20 is no multiple of 8; try 16 or 24"),
         (4, {"context": 4, "length": 3, "context_order": "contiguous"}, r"3 is no multiple of 4; try 4$"),

@@ -117,7 +117,17 @@ def test_one_is_asked_to_stop_and_others_go_on(workplace):
     assert_same_run(workplace / "stopped", workplace / "one")
 
 
-def recall(folder: Path, run_folder: str):
+def test_a_pipeline_stops_and_goes_on_sharded(workplace):
+    """Evaluation, samples, checkpoints and the final weights come from all stages."""
+    run(train, 2, workplace, "staged", ["parallel.pipeline=2", "optimizer.lr=0.003"], False, (1, 3))
+    assert [r["step"] for r in records(workplace / "staged")] == [1, 2, 3]
+    run(train, 4, workplace, "staged", ["parallel.schedule=gpipe"], True)
+    assert_same_run(workplace / "staged", workplace / "one")
+    for mine, right in zip(records(workplace / "staged"), records(workplace / "one"), strict=True):
+        assert mine["flops"] == right["flops"]
+
+
+def recall(folder: Path, run_folder: str, parallel: dict[str, object] | None = None):
     os.chdir(folder)
     recipe = {
         "recipe": "task",
@@ -127,6 +137,7 @@ def recall(folder: Path, run_folder: str):
         "model": {"dim": 32, "max_length": 64, "layers": [layer()]},
         "training": {"steps": 3, "sequence_length": 32, "batch_size": 8, "precision": "fp32", "compile": False},
         "evaluate": {"samples": 21},
+        "parallel": parallel or {},
     }
     recipes.main(resolve(recipes.schema("task"), recipe))
 
@@ -135,6 +146,9 @@ def test_a_task_is_answered_together(workplace):
     """21 samples are not shared out equally: the last process keeps the others company."""
     for ranks in (1, 4):
         run(recall, ranks, workplace, f"recall-{ranks}")
+    run(recall, 2, workplace, "recall-staged", {"pipeline": 2, "schedule": "gpipe"})
+    staged = records(workplace / "recall-staged", "evaluate")[0]
+    assert staged["accuracy"] == records(workplace / "recall-1", "evaluate")[0]["accuracy"]
     one, four = (records(workplace / f"recall-{ranks}", "evaluate")[0] for ranks in (1, 4))
     assert four["accuracy"] == one["accuracy"]
     assert four["row_accuracy"] == one["row_accuracy"]

@@ -3,7 +3,7 @@
 B batch, S new tokens, T cached tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,10 @@ class TokenCache:
 
 
 class Cache:
-    """The caches of all layers of a model, indexed by the layer's number."""
+    """The caches of the layers of a model that are here, by the layer's number."""
 
-    def __init__(self, layers: Sequence[Any]):
-        self.layers = list(layers)
+    def __init__(self, layers: Mapping[int, Any]):
+        self.layers = dict(layers)
 
     def __getitem__(self, layer: int) -> Any:
         return self.layers[layer]

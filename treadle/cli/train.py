@@ -72,7 +72,9 @@ def _start(
     folder = None if resume is None else treadle.find_run(resume, root)
     config: Any = recipes.load(recipe or folder / "config.yaml", changes, preset)  # type: ignore[operator]
     training = config.training
-    check_layout(config.parallel, processes, config.model, training.batch_size, training.sequence_length)
+    check_layout(
+        config.parallel, processes, config.model, training.batch_size, training.sequence_length, rows=training.rows
+    )
     arguments = ["train", *([str(recipe)] if recipe else []), *changes]
     if folder is not None:
         arguments += ["--resume", str(folder)]

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pydantic import Field, PositiveInt
+from torch import Tensor
 
 from treadle.config import Config
 from treadle.data.batches import Batches
@@ -13,6 +15,7 @@ from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.nn.transformer import Transformer
 from treadle.parallel.context import own_part
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import at_the_end
 
 
 class AccuracyConfig(Config):
@@ -51,21 +54,27 @@ def evaluate_accuracy(
     answers = rows = 0
     for batch in batches:
         own = own_part(batch, mesh, device)
-        hidden_BSD = model.hidden(own.tokens_BS, replace(own.context, backend=attention))
-        asked_BS = own.targets_BS != IGNORED
-        right_BS = torch.zeros_like(asked_BS)
-        right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == own.targets_BS[asked_BS]
-        asked_B, right_B = mesh.sum_parts(torch.stack((asked_BS.sum(dim=1), right_BS.sum(dim=1)))).unbind()
-        counts += torch.stack((right_B.sum(), ((right_B == asked_B) & (asked_B > 0)).sum()))
+        found = at_the_end(model, partial(_correct, batch=own, attention=attention, mesh=mesh))
+        counts += 0 if found is None else found
         answers, rows = answers + batch.valid_tokens, rows + int((batch.targets_BS != IGNORED).any(dim=1).sum())
     model.train(training)
     # The ranks that share a row have all counted it.
     shared = mesh.layout.context
-    correct, rows_correct = (mesh.sum(counts) // shared).tolist()
+    correct, rows_correct = (mesh.sum_stages(mesh.sum(counts)) // shared).tolist()
     answers, rows = (count // shared for count in mesh.sum_counts(answers, rows))
     if answers == 0:
         raise ValueError("no row has a target to answer: all are -100")
     return Accuracy(correct, answers, rows_correct, rows)
+
+
+def _correct(model: Transformer, batch: Batch, attention: str, mesh: Mesh) -> Tensor:
+    """Right answers, and rows with nothing but those; of whole rows, where processes hold parts.  -> counts_2"""
+    hidden_BSD = model.hidden(batch.tokens_BS, replace(batch.context, backend=attention))
+    asked_BS = batch.targets_BS != IGNORED
+    right_BS = torch.zeros_like(asked_BS)
+    right_BS[asked_BS] = model.head(hidden_BSD[asked_BS]).argmax(-1) == batch.targets_BS[asked_BS]
+    asked_B, right_B = mesh.sum_parts(torch.stack((asked_BS.sum(dim=1), right_BS.sum(dim=1)))).unbind()
+    return torch.stack((right_B.sum(), ((right_B == asked_B) & (asked_B > 0)).sum()))
 
 
 def shared_out(data: Batches, samples: int, rows: int, mesh: Mesh) -> Iterator[Batch]:

@@ -2,15 +2,19 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from treadle.config import Config
 from treadle.data.loader import Sequential
+from treadle.data.packing import Batch
 from treadle.nn.transformer import Transformer
 from treadle.parallel.context import own_part
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import at_the_end
 
 
 class EvaluateConfig(Config):
@@ -63,8 +67,13 @@ def evaluate_perplexity(
     nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in data:
         own = own_part(batch, mesh, device)
-        hidden_BSD = model.hidden(own.tokens_BS, replace(own.context, backend=attention))
-        nats += model.head.cross_entropy(hidden_BSD, own.targets_BS)
+        found = at_the_end(model, partial(_nats, batch=own, attention=attention))
+        nats += 0 if found is None else found
         tokens += own.valid_tokens
     model.train(training)
-    return Perplexity(mesh.sum(nats).item(), mesh.sum_counts(tokens)[0], text_bytes)
+    return Perplexity(mesh.sum_stages(mesh.sum(nats)).item(), mesh.sum_counts(tokens)[0], text_bytes)
+
+
+def _nats(model: Transformer, batch: Batch, attention: str) -> Tensor:
+    hidden_BSD = model.hidden(batch.tokens_BS, replace(batch.context, backend=attention))
+    return model.head.cross_entropy(hidden_BSD, batch.targets_BS)

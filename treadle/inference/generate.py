@@ -4,12 +4,14 @@ B rows (samples of one prompt), S prompt length, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from treadle.attention import AttentionContext
 from treadle.nn.transformer import Transformer
+from treadle.parallel.pipeline import at_the_end
 
 
 def stream(
@@ -43,11 +45,20 @@ def stream(
         # Compiled layers are for fixed shapes, and the cache grows with each token: run them eagerly. The guards are
         # entered for each token anew, so that they do not leak into the caller between two yields.
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-            logits_BV = model.head(model.hidden(tokens_BS, context)[:, -1])
-            chosen_B = agree(choose(logits_BV.float(), temperature, top_k, top_p, generator))
+            logits_BV = at_the_end(model, partial(_last_logits, tokens_BS=tokens_BS, context=context))
+            if logits_BV is None:  # the end of the model is another process's, and so is the choice
+                chosen_B = tokens_BS.new_zeros(samples)
+            else:
+                chosen_B = choose(logits_BV.float(), temperature, top_k, top_p, generator)
+            chosen_B = agree(chosen_B)
         position += tokens_BS.shape[1]
         tokens_BS = chosen_B[:, None]
         yield chosen_B.tolist()
+
+
+def _last_logits(model: Transformer, tokens_BS: Tensor, context: AttentionContext) -> Tensor:
+    logits_BV: Tensor = model.head(model.hidden(tokens_BS, context)[:, -1])
+    return logits_BV
 
 
 def choose(

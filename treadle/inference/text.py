@@ -1,6 +1,7 @@
 """Text in, text out: prompts are encoded, tokens sampled, and decoded up to the end of the document."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from pydantic import Field, PositiveInt
@@ -11,6 +12,7 @@ from treadle.errors import DataError
 from treadle.inference import generate as sampling
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import pipeline_of
 
 
 class SampleConfig(Config):
@@ -25,7 +27,8 @@ class SampleConfig(Config):
     def draw(self, model: Transformer, tokenizer: Tokenizer, seed: int, mesh: Mesh | None = None) -> str:
         """One continuation of the prompt; all processes that share the model draw it together."""
         options: dict[str, Any] = self.model_dump(include={"max_new_tokens", "temperature", "top_p"})
-        options["agree"] = (mesh or Mesh()).same
+        pipeline = pipeline_of(model)
+        options["agree"] = partial((mesh or Mesh()).same, source=0 if pipeline is None else pipeline.end_rank)
         return generate(model, tokenizer, self.prompt, seed=seed, **options)[0]
 
 

@@ -39,6 +39,18 @@ def grouped_linear(
     return torch.ops.treadle.grouped_linear(x_NI, weight_EOI, ends_E, tail)  # type: ignore[no-any-return]
 
 
+def grouped_weight_gradient(dy_NO: Tensor, x_NI: Tensor, ends_E: Tensor, *, implementation: Implementation) -> Tensor:
+    """The gradient of `grouped_linear` by its weight, by itself.  -> dweight_EOI in the dtype of x
+
+    implementation: that of the forward; both of its sizes decide what `auto` is.
+    """
+    sizes_1OI = x_NI.new_empty(1, dy_NO.shape[1], x_NI.shape[1], device="meta")
+    if implementation != "loop" and unsupported(x_NI, sizes_1OI) is None:
+        return torch.ops.treadle.grouped_linear_weight_grad(dy_NO, x_NI, ends_E)  # type: ignore[no-any-return]
+    ends = ends_E.tolist()
+    return torch.stack([dy_NO[a:b].t() @ x_NI[a:b] for a, b in zip([0, *ends], ends, strict=False)])
+
+
 def unsupported(x_NI: Tensor, weight_EOI: Tensor) -> str | None:
     """Why PyTorch's grouped matmul cannot take these; None if it can."""
     if _grouped_mm is None:

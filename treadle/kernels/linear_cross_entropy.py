@@ -73,7 +73,7 @@ class _LinearCrossEntropy(autograd.Function):
             if dx_TD is not None:
                 torch.mm(dlogits_CV, cast_VD, out=dx_TD[rows])
             if dweight_VD is not None:
-                accumulate(dweight_VD, dlogits_CV, x_TD[rows])
+                add_outer_products(dweight_VD, dlogits_CV, x_TD[rows])
         ctx.save_for_backward(dx_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(penalty)
@@ -89,8 +89,8 @@ class _LinearCrossEntropy(autograd.Function):
         return dx_TD, dweight_VD, None, None, None, None
 
 
-def accumulate(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
-    """total += dlogits^T x, summed in the wide dtype of `total`."""
+def add_outer_products(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
+    """total += dlogits^T x, summed in the wide dtype of `total`: how a matmul's weight gets its gradient."""
     if dlogits_CV.dtype == total_VD.dtype:
         total_VD.addmm_(dlogits_CV.t(), x_CD)
     elif dlogits_CV.device.type == "cuda":

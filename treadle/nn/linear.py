@@ -74,13 +74,17 @@ class GroupedLinear(nn.Module):
         self, weight_EOI: Tensor, bias_EO: Tensor | None, x_NI: Tensor, ends_E: Tensor, *, tail: bool
     ) -> Tensor:
         """The same with given weights: those of the experts that are here, where others live elsewhere."""
-        weight_EOI = weight_EOI.to(x_NI.dtype)
-        y_NO = grouped_linear(x_NI, weight_EOI, ends_E, tail=tail, implementation=self.implementation)
+        y_NO = self.product(weight_EOI, x_NI, ends_E, tail)
         if bias_EO is None:
             return y_NO
         rows_N = torch.arange(x_NI.shape[0], device=x_NI.device)
         expert_N = torch.searchsorted(ends_E, rows_N, right=True)
         return y_NO + F.pad(bias_EO.to(x_NI.dtype), (0, 0, 0, 1))[expert_N]
+
+    def product(self, weight_EOI: Tensor, x_NI: Tensor, ends_E: Tensor, tail: bool) -> Tensor:
+        """The matmul alone, without bias."""
+        weight_EOI = weight_EOI.to(x_NI.dtype)
+        return grouped_linear(x_NI, weight_EOI, ends_E, tail=tail, implementation=self.implementation)
 
     def active_elements(self) -> int:
         """Of the matrices, without biases: what a token is multiplied with."""

@@ -3,6 +3,7 @@
 B batch, S sequence, D model dim, V vocabulary.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -119,6 +120,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): layer.build(config.dim, config.max_length) for i, layer in enumerate(layers)}
         )
+        self.last = str(len(layers) - 1)
         self.norm = config.norm.build(config.dim)
         self.head = Head(config.vocab_size, config.dim, config.softcap, config.logits_scale)
         self.multi_token = None
@@ -127,7 +129,7 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        if self.config.tied:
+        if self.config.tied and self.head is not None:  # a stage of a pipeline may have none
             self.head.weight = self.embedding.weight
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> "Transformer":
@@ -143,13 +145,26 @@ class Transformer(nn.Module):
     def hidden(self, tokens_BS: Tensor, context: AttentionContext | None = None) -> Tensor:
         """What the head reads. Without a context each row is one document.  tokens_BS -> x_BSD"""
         context = context or AttentionContext.causal(*tokens_BS.shape, device=tokens_BS.device)
+        return self.segment(None, tokens_BS, context, tuple(self.layers))
+
+    def segment(
+        self, x_BSD: Tensor | None, tokens_BS: Tensor, context: AttentionContext, layers: Collection[str]
+    ) -> Tensor:
+        """Some layers, one after the other, by their numbers: what a pipeline stage computes.  -> x_BSD
+
+        x_BSD: of the layer before them, None for the first, which takes the embedding. After the last of the whole
+        stack comes the norm.
+        """
         context = self.with_tables(context)
-        x_BSD = self.embed(tokens_BS)
-        if self.position is not None:
-            x_BSD = x_BSD + self.position(context.positions_BS, self.dtype)
-        for index, layer in self.layers.items():
-            x_BSD = layer(x_BSD, context.for_layer(int(index)))
-        return self.norm(x_BSD)
+        if x_BSD is None:
+            x_BSD = self.embed(tokens_BS)
+            if self.position is not None:
+                x_BSD = x_BSD + self.position(context.positions_BS, self.dtype)
+        for index in layers:
+            x_BSD = self.layers[index](x_BSD, context.for_layer(int(index)))
+            if index == self.last:
+                x_BSD = self.norm(x_BSD)
+        return x_BSD
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """The embedding, scaled and normed as the model has it, without positions.  tokens_BS -> x_BSD"""
@@ -204,8 +219,8 @@ class Transformer(nn.Module):
     def make_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         device = self.device
-        mixers: list[Any] = [layer.mixer for layer in self.layers.values()]
-        return Cache([m.make_cache(batch, capacity, self.dtype, device) for m in mixers])
+        mixers: dict[int, Any] = {int(index): layer.mixer for index, layer in self.layers.items()}
+        return Cache({i: mixer.make_cache(batch, capacity, self.dtype, device) for i, mixer in mixers.items()})
 
 
 def _descendants(module: nn.Module) -> list[nn.Module]:

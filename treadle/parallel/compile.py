@@ -12,11 +12,20 @@ def compile_layers(layers: nn.ModuleDict, *, backend: str = "inductor", apart: S
     apart: modules whose own forward is to be left alone. What is around and inside them is compiled in pieces: a break
     within a layer that recomputes its activations would leave all of it uncompiled without a word.
     """
-    # Kinds of layers times train/eval, with room: the default of 8 would silently fall back to eager beyond it.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    _allow_kinds()
     for layer in layers.values():
         for piece in _pieces(layer, set(apart)):
             piece.compile(backend=backend, dynamic=False)
+
+
+def compile_between(layers: nn.ModuleDict, *, backend: str = "inductor") -> None:
+    """Compile what lies between the matmuls of each layer, where those defer their weight gradients and stay out.
+
+    Comes before activation checkpointing: a layer in pieces cannot be compiled around its recomputation.
+    """
+    _allow_kinds()
+    for layer in layers.values():
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
 
 
 def _pieces(module: nn.Module, apart: set[nn.Module]) -> Iterator[nn.Module]:
@@ -25,3 +34,8 @@ def _pieces(module: nn.Module, apart: set[nn.Module]) -> Iterator[nn.Module]:
     else:
         for child in module.children():
             yield from _pieces(child, apart)
+
+
+def _allow_kinds() -> None:
+    # Kinds of layers times train/eval, with room: the default of 8 would silently fall back to eager beyond it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

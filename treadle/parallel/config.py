@@ -16,12 +16,25 @@ from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.fits import misfit
 
 Reshard = Literal["auto", "after_forward", "never"]
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
+
+# Stages on each process; the last two go down the processes and up again, so that first and last stage share one.
+SINGLE: tuple[Schedule, ...] = ("gpipe", "1f1b")
+V_SHAPED: tuple[Schedule, ...] = ("zbv", "dualpipev")
+ZERO_BUBBLE: tuple[Schedule, ...] = ("interleaved_zero_bubble", "zbv", "dualpipev")
 
 
 class ParallelConfig(Config):
     """Sizes multiply to the number of processes. One process needs none of these keys."""
 
-    pipeline: PositiveInt = Field(1, description="stages that the layers are cut into")
+    pipeline: PositiveInt = Field(1, description="processes that the layers are dealt to, in stages")
+    schedule: Schedule = Field("1f1b", description="the order in which a pipeline's stages run micro-batches")
+    stages_per_process: PositiveInt | None = Field(
+        None, description="stages of a pipeline on each process; null: 1 for gpipe and 1f1b, 2 for the others"
+    )
+    stage_layers: list[PositiveInt] | None = Field(
+        None, description="layers of each stage, in order; null: shared out by FLOPs"
+    )
     replicate: PositiveInt = Field(1, description="copies of the whole model that see different rows (DDP, HSDP)")
     shard: PositiveInt | None = Field(
         None, description="processes that share one copy of the weights and see different rows (FSDP); null: all left"
@@ -43,12 +56,17 @@ class ParallelConfig(Config):
     reshard: Reshard = Field(
         "auto",
         description="gathered weights of a layer: freed after_forward and gathered again in the backward, or never "
-        "before it; auto: after_forward",
+        "before it; auto: after_forward, in a pipeline never",
     )
     cpu_offload: bool = Field(False, description="keep weights, gradients and optimizer state in host memory")
     timeout: PositiveFloat = Field(
         1800.0, description="seconds without progress after which stacks are written and the run ends"
     )
+
+    @property
+    def stages(self) -> int:
+        """All stages of the pipeline."""
+        return self.pipeline * (self.stages_per_process or (1 if self.schedule in SINGLE else 2))
 
     def layout(self, world: int) -> "Layout":
         """The sizes for `world` processes. Raises ConfigError where they do not fit it."""
@@ -87,23 +105,24 @@ class Layout:
         return self.replicate * self.shard
 
 
-# What a recipe may ask for, and this version cannot do. A size above one is refused.
-MISSING = {
-    "pipeline": "pipeline parallelism",
-}
-
-
 def check_layout(
-    config: ParallelConfig, world: int, model: TransformerConfig, batch_size: int, sequence_length: int | None = None
+    config: ParallelConfig,
+    world: int,
+    model: TransformerConfig,
+    batch_size: int,
+    sequence_length: int | None = None,
+    *,
+    rows: int | None = None,
 ) -> Layout:
     """The layout for `world` processes, if model and batch can be cut like this.
 
     sequence_length: of the rows; None where it is not known yet, and left to `own_part`.
 
+    rows: that go through the model at a time; None: all that a process has.
     Needs no process group. Raises one ConfigError with everything that does not fit, each with its nearest fix.
     """
     layout = config.layout(world)
-    problems = [*_problems(config, layout, model, batch_size), *context_problems(layout, model)]
+    problems = [*_problems(config, layout, model, batch_size, rows or batch_size), *context_problems(layout, model)]
     if sequence_length is not None:
         problems += _length_problems(layout, sequence_length)
     if problems:
@@ -112,7 +131,7 @@ def check_layout(
 
 
 def _problems(
-    config: ParallelConfig, layout: Layout, model: TransformerConfig, batch_size: int
+    config: ParallelConfig, layout: Layout, model: TransformerConfig, batch_size: int, rows: int
 ) -> Iterator[tuple[str, str]]:
     if layout.tensor > 1 and (found := misfit(model, layout.tensor)):
         cut, able = found
@@ -122,19 +141,21 @@ def _problems(
     if config.async_tensor and layout.tensor == 1:
         yield "parallel.async_tensor", "there is nothing to be sent with parallel.tensor=1; leave it out"
     yield from _expert_problems(layout, model)
-    layers = len(model.expand())
-    if layout.pipeline > layers:
-        yield "parallel.pipeline", f"{layout.pipeline} is more than the model's {layers} layers"
     if batch_size % layout.data:
         lower, upper = batch_size // layout.data * layout.data, -(-batch_size // layout.data) * layout.data
-        rows = ", ".join(str(rows) for rows in (lower, upper) if rows)
-        message = f"{batch_size} rows cannot be shared out equally to replicate x shard = {layout.data}; try {rows}"
+        fits = ", ".join(str(fit) for fit in (lower, upper) if fit)
+        message = f"{batch_size} rows cannot be shared out equally to replicate x shard = {layout.data}; try {fits}"
         yield "training.batch_size", message
+    elif layout.pipeline > 1:
+        yield from _pipeline_problems(config, len(model.expand()), batch_size // layout.data, rows)
+    if layout.pipeline > 1 and config.schedule in ZERO_BUBBLE:
+        # Their linear layers add to a weight's gradient by themselves, and know nothing of parts of weights.
+        for key in ("tensor", "expert"):
+            if getattr(layout, key) > 1:
+                message = f"{config.schedule} does not go together with parallel.{key}={getattr(layout, key)}"
+                yield "parallel.schedule", f"{message}; try 1f1b or interleaved_1f1b, or set {key} to 1"
     if config.cpu_offload and layout.world == 1:
         yield "parallel.cpu_offload", "it needs at least two processes"
-    for key, what in MISSING.items():
-        if getattr(layout, key) > 1:
-            yield f"parallel.{key}", f"{getattr(layout, key)}, but there is no {what} yet; set it to 1"
 
 
 def _expert_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple[str, str]]:
@@ -170,6 +191,11 @@ def context_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple
     """(key, message) for each reason why rows of this model cannot be cut over ranks like this."""
     if layout.context == 1:
         return
+    if layout.pipeline > 1:
+        message = (
+            f"{layout.context} does not go together with parallel.pipeline={layout.pipeline}; set one of them to 1"
+        )
+        yield "parallel.context", message
     for kind in sorted({_kind(layer) for layer in _layers(model) if not _in_parts(layer)}):
         yield "parallel.context", f"{layout.context}, but {kind} needs whole rows; set it to 1"
     if layout.context_method == "ulysses":
@@ -219,6 +245,45 @@ def _divided(model: TransformerConfig, *keys: str) -> Iterator[tuple[str, int]]:
                 if isinstance(size, int) and (key, size) not in seen:
                     seen.add((key, size))
                     yield key, size
+
+
+def _pipeline_problems(config: ParallelConfig, layers: int, rows: int, at_a_time: int) -> Iterator[tuple[str, str]]:
+    """rows: of one process. at_a_time: of them, a micro-batch."""
+    ranks, schedule, stages = config.pipeline, config.schedule, config.stages
+    each = stages // ranks
+    if schedule in SINGLE and each != 1:
+        yield "parallel.stages_per_process", f"{each}, but schedule={schedule} has 1; try interleaved_1f1b"
+    if schedule in V_SHAPED and each != 2:
+        yield "parallel.stages_per_process", f"{each}, but schedule={schedule} has 2; leave it out"
+    if stages > layers:
+        what = f"{ranks}" if each == 1 else f"{ranks} x {each} stages of schedule={schedule}"
+        fewer = f"; try {layers // each}" if layers // each > 1 else ""
+        yield "parallel.pipeline", f"{what} is more than the model's {layers} layers{fewer}"
+    if config.stage_layers is not None and (len(config.stage_layers), sum(config.stage_layers)) != (stages, layers):
+        told = f"{config.stage_layers} should be {stages} numbers that add up to {layers}"
+        yield "parallel.stage_layers", told
+    if not _fits(schedule, ranks, stages, rows, at_a_time):
+        found = [size for size in range(1, rows + 1) if _fits(schedule, ranks, stages, rows, size)]
+        fits = f"try {', '.join(map(str, found))}" if found else "raise training.batch_size"
+        least = {"1f1b": f" and at least {ranks}", "dualpipev": f" and at least {stages}"}.get(schedule, "")
+        if schedule.startswith("interleaved"):
+            least = f", in rounds of {ranks} or more that are equal"
+        yield (
+            "training.micro_batch_size",
+            f"{min(at_a_time, rows)} cuts the {rows} rows of a process into {-(-rows // at_a_time)} micro-batches; "
+            f"schedule={schedule} needs equal ones{least}: {fits}",
+        )
+
+
+def _fits(schedule: Schedule, ranks: int, stages: int, rows: int, at_a_time: int) -> bool:
+    """Whether a schedule can run the micro-batches that rows are cut into."""
+    at_a_time = min(rows, at_a_time)
+    number = rows // at_a_time
+    if rows % at_a_time:
+        return False
+    if schedule.startswith("interleaved"):
+        return number % max(1, number // ranks) == 0
+    return number >= {"1f1b": ranks, "dualpipev": stages}.get(schedule, 1)
 
 
 def choices(size: int) -> str:

@@ -6,7 +6,7 @@ that share it.
 B batch, S sequence, D model dim, V vocabulary, H this process's heads, K head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -115,15 +115,28 @@ def whole_sequence(x_BSD: Tensor, peers: Peers) -> Tensor:
 class CutTransformer(Cut):
     """What comes out of it is whole, and the same on all processes: losses need not know how it was made."""
 
-    def hidden(self, tokens_BS: Tensor, context: AttentionContext | None = None) -> Tensor:
+    last: str
+
+    def segment(
+        self, x_BSD: Tensor | None, tokens_BS: Tensor, context: AttentionContext, layers: Collection[str]
+    ) -> Tensor:
         peers, length = self.peers, tokens_BS.shape[1]
-        peers.cut = length % peers.size == 0 and (context is None or context.cache is None)
+        peers.cut = stream_length(self, tokens_BS, context) < length
         if not peers.cut and torch.is_grad_enabled():
             raise ValueError(
                 f"{peers.size} processes cannot share sequences of {length} tokens, and with a gradient they have to; "
                 f"use multiples of parallel.tensor={peers.size}, and no cache"
             )
-        return whole_sequence(super().hidden(tokens_BS, context), peers)  # type: ignore[misc]
+        x_BSD = super().segment(x_BSD, tokens_BS, context, layers)  # type: ignore[misc]
+        return whole_sequence(x_BSD, peers) if self.last in layers else x_BSD
+
+
+def stream_length(model: nn.Module, tokens_BS: Tensor, context: AttentionContext | None = None) -> int:
+    """How many of a row's tokens the residual stream has between layers on this process."""
+    length: int = tokens_BS.shape[1]
+    if not isinstance(model, CutTransformer) or (context is not None and context.cache is not None):
+        return length
+    return length if length % model.peers.size else length // model.peers.size
 
 
 class CutMultiToken(Cut):

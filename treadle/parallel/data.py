@@ -33,9 +33,13 @@ def shard_data(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
     The model may be on the meta device; activation checkpointing and compilation come before. Weights are gathered in
     the compute dtype, but for modules that compute in float32 (`full_precision`); gradients are summed in float32.
     """
-    if mesh.fsdp is None:
+    # One process needs no sharding, but tensor parallelism leaves sums over its own processes to it.
+    alone = mesh.fsdp is not None and mesh.fsdp.size() == 1 and mesh.tensor is None
+    if mesh.fsdp is None or (alone and mesh.pipeline is not None and not config.cpu_offload):
         return
-    options: dict[str, Any] = {"mesh": mesh.fsdp, "reshard_after_forward": config.reshard != "never"}
+    # Where many micro-batches are under way, freeing weights after each of them would gather them that many times.
+    freed = config.reshard == "after_forward" or (config.reshard == "auto" and mesh.pipeline is None)
+    options: dict[str, Any] = {"mesh": mesh.fsdp, "reshard_after_forward": freed}
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
     # Casts are explicit in the blocks: what flows through them is not to be touched here.
@@ -53,7 +57,7 @@ def shard_data(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
     # The head is used after `hidden` has returned (and the embedding again, by multi-token prediction), so the root's
     # weights stay until the backward frees them; `release` does it where there is none.
     fully_shard(model, mp_policy=narrow, **{**options, "reshard_after_forward": False})
-    register_fsdp_forward_method(model, "hidden")
+    register_fsdp_forward_method(model, "hidden" if mesh.pipeline is None else "segment")
     for unit in _sharded(model):
         # Gradients are summed, never averaged: the loss is divided by the global number of tokens. Both lines, or
         # groups of one process would divide nevertheless.
@@ -82,6 +86,34 @@ def synchronise_gradients(model: nn.Module, now: bool) -> None:
     """Whether the backwards to come sum gradients over processes; without, they add up locally."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
+
+
+def accumulate_gradients(model: nn.Module) -> None:
+    """The backwards to come add up gradients locally, until `reduce_gradients`, and free no weights."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(False)
+        model.set_reshard_after_backward(False)
+        model.set_requires_gradient_sync(False)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Sum what has been added up over processes: FSDP's part of a last backward, where none knows to be the last.
+
+    Private in PyTorch, whose own pipeline stages do the same.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    root: Any = fully_shard.state(model)  # type: ignore[attr-defined]
+    groups: list[Any] = []
+    for state in root._state_ctx.all_states:
+        found = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        groups += [group for group in found if group is not None]
+    model.set_is_last_backward(True)
+    model.set_reshard_after_backward(True)
+    model.set_requires_gradient_sync(True)
+    for group in groups:
+        group.post_backward()
+    root._root_post_backward_final_callback()
 
 
 def release(model: nn.Module) -> None:

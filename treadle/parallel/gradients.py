@@ -12,11 +12,14 @@ from treadle.parallel.shards import gather, mesh_of
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
-    """The norm of all gradients, the same on every process.  -> scalar on the compute device"""
+    """The norm of all gradients, the same on every process.  -> scalar on the compute device
+
+    parameters: of a pipeline, those that this process answers for (`treadle.parallel.pipeline.own_parameters`).
+    """
     groups = _by_mesh(parameters)
     norms = [gather(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
-    total = torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]
-    return total.to(mesh.device)
+    total = (torch.stack(norms).square().sum().sqrt() if len(norms) > 1 else norms[0]).to(mesh.device)
+    return total if mesh.pipeline is None else mesh.sum_stages(total.square()).sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:

@@ -111,6 +111,12 @@ class Mesh:
             dist.all_reduce(tensor, group=self.context.get_group())
         return tensor
 
+    def sum_stages(self, tensor: Tensor) -> Tensor:
+        """The sum over the stages of a pipeline, in place: of what most of them have nothing of."""
+        if self.pipeline is not None:
+            dist.all_reduce(tensor, group=self.pipeline.get_group())
+        return tensor
+
     def sum_counts(self, *counts: int) -> list[int]:
         """The same of whole numbers that the host knows: the device is not waited for."""
         return [int(count) for count in self.sum(torch.tensor(counts, dtype=torch.int64)).tolist()]
@@ -146,11 +152,34 @@ class Mesh:
             raise made[1]
         return made[0]  # type: ignore[no-any-return]
 
-    def same(self, tensor: Tensor) -> Tensor:
-        """The leader's tensor, in place: for what must not differ by the last bit."""
+    def same(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """The leader's tensor (or that of rank `source`), in place: for what must not differ by the last bit."""
         if self.distributed:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=source)
         return tensor
+
+    def union(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the stages of a pipeline have found, all of it on each of their processes; a name is one stage's own.
+
+        values: on the compute device; whole numbers come back exactly up to 2^53.
+        """
+        if self.pipeline is None:
+            return values
+        group = self.pipeline.get_group()
+        stages: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(stages, {name: (value.shape, value.dtype) for name, value in values.items()}, group)
+        facts = {name: fact for stage in stages for name, fact in stage.items()}
+        missing = torch.zeros((), dtype=torch.float64, device=self.device)
+        pieces = [
+            values[name].double().flatten() if name in values else missing.expand(shape.numel())
+            for name, (shape, _) in facts.items()
+        ]
+        if not pieces:
+            return {}
+        both = torch.cat(pieces)
+        dist.all_reduce(both, group=group)
+        parts = both.split([shape.numel() for shape, _ in facts.values()])
+        return {n: part.view(shape).to(kind) for part, (n, (shape, kind)) in zip(parts, facts.items(), strict=True)}
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -229,19 +229,34 @@ def checkpointed(tensor: Tensor, parts: Parts = ()) -> Any:
     return Spread(pieces(tensor, parts), tensor.shape, local(tensor))
 
 
-def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter by name, whole, one at a time; all processes have to go through it."""
-    parts = parts_of(model)
-    for name, parameter in model.named_parameters():
-        yield name, gather(parameter.detach(), parts.get(name, ()))
+def whole_parameters(model: nn.Module, mesh: Mesh | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter by name, whole, one at a time, of all stages of a pipeline; all processes go through it."""
+    mesh = mesh or Mesh()
+    here, parts = dict(model.named_parameters()), parts_of(model)
+    if mesh.pipeline is None:
+        yield from ((name, gather(parameter.detach(), parts.get(name, ()))) for name, parameter in here.items())
+        return
+    group = mesh.pipeline.get_group()
+    stages: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(stages, {name: (p.shape, p.dtype) for name, p in here.items()}, group)
+    seen: set[str] = set()
+    for rank, stage in enumerate(stages):
+        for name, (shape, dtype) in stage.items():
+            if name not in seen:
+                mine = rank == dist.get_rank(group)
+                whole = gather(here[name].detach(), parts.get(name, ())) if mine else torch.empty(shape, dtype=dtype)
+                whole = whole.to(mesh.device).contiguous()
+                dist.broadcast(whole, src=dist.get_global_rank(group, rank), group=group)
+                yield name, whole
+                seen.add(name)
 
 
 def save_whole(model: Transformer, folder: Path, mesh: Mesh) -> Path:
     """`save_model`, from all processes together: the leader writes. Returns the folder."""
     if mesh.leads:
-        save_model(model, folder, parameters=whole_parameters(model))
+        save_model(model, folder, parameters=whole_parameters(model, mesh))
     else:
-        for _ in whole_parameters(model):
+        for _ in whole_parameters(model, mesh):
             pass
     mesh.wait()
     return folder

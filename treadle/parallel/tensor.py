@@ -78,11 +78,12 @@ class Site:
 def _sites(model: Transformer, peers: Peers) -> dict[str, Site]:
     """By path. Head counts of the blocks that are cut become those of this process."""
     sites = {path: Site() for path, _ in model.named_modules()}
-    sites[""].form, sites["embedding"].form, sites["head"].form = cut.CutTransformer, cut.CutEmbedding, cut.CutHead
-    if model.position is not None:
-        sites["position"].form = cut.CutPosition
+    sites[""].form = cut.CutTransformer
+    forms = {"embedding": cut.CutEmbedding, "position": cut.CutPosition, "head": cut.CutHead}
+    for name, form in {**forms, "multi_token": cut.CutMultiToken}.items():
+        if getattr(model, name) is not None:  # a stage of a pipeline may have none of them
+            sites[name].form = form
     if model.multi_token is not None:
-        sites["multi_token"].form = cut.CutMultiToken
         for key in model.multi_token.layers:
             sites[f"multi_token.layers.{key}"].form = cut.CutMultiTokenModule
     for path, block in blocks(model):

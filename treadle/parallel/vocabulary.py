@@ -15,7 +15,7 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, autograd
 
-from treadle.kernels.linear_cross_entropy import IGNORED, accumulate, chunk_tokens
+from treadle.kernels.linear_cross_entropy import IGNORED, add_outer_products, chunk_tokens
 from treadle.parallel.collectives import Peers
 
 ELSEWHERE = -1  # a target that another process has the score of
@@ -85,7 +85,7 @@ class _VocabularyCrossEntropy(autograd.Function):
             if dx_TD is not None:
                 torch.mm(dlogits_CV, cast_VD, out=dx_TD[rows])
             if dweight_VD is not None:
-                accumulate(dweight_VD, dlogits_CV, x_TD[rows])
+                add_outer_products(dweight_VD, dlogits_CV, x_TD[rows])
         ctx.save_for_backward(dx_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(penalty)

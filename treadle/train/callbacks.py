@@ -34,7 +34,8 @@ class Metrics(Callback):
         self.latest: dict[str, float] = {}
 
     def start(self, loop: Loop) -> None:
-        self.flops_per_step = training_flops(build_meta(loop.state.model.config), self.length) * self.positions
+        whole = build_meta(loop.state.model.config)  # here there may be a stage of it only
+        self.flops_per_step = training_flops(whole, self.length) * self.positions
         peak = peak_flops(loop.device)
         self.peak = None if peak is None else peak * loop.mesh.world.size
         if self.peak is None:

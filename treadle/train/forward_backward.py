@@ -11,6 +11,7 @@ from treadle.nn.transformer import Transformer
 from treadle.parallel.context import own_part
 from treadle.parallel.data import synchronise_gradients
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import pipeline_of
 from treadle.train.losses import LossFunction
 from treadle.train.routing import Load, load_metrics, observed
 from treadle.train.timing import Stopwatch
@@ -45,7 +46,8 @@ def forward_backward(
     Sums and means are over all processes of the mesh, and so is the gradient.
 
     Mixtures of experts add the gradient of their own losses, which `loss` does not count (`treadle.train.routing`).
-    loss_scale multiplies the gradient only (fp16). Raises ValueError when no token at all counts.
+    loss_scale multiplies the gradient only (fp16). On a pipeline the loss function runs on every stage, up to its one
+    call of `model.hidden`. Raises ValueError when no token at all counts.
     """
     watch, mesh = watch or Stopwatch("cpu"), mesh or Mesh()
     device = model.device
@@ -54,18 +56,28 @@ def forward_backward(
     tokens, positions = mesh.sum_counts(*here)
     if tokens == 0:
         raise ValueError("no token of this batch counts towards the loss")
-    total = torch.zeros((), device=device)
+    pipeline = pipeline_of(model)
     sums: dict[str, Tensor] = {}
+
+    def objective(model: Transformer, batch: Batch) -> Tensor:
+        loss = loss_function(model, batch)  # in a pipeline, only the last stage returns from it
+        plain = loss.total.detach() - sum(loss.penalties.values())
+        for name, value in ({"loss": plain} | loss.metrics | loss.penalties).items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
+        return loss.total * (loss_scale / tokens)
+
     with observed(model, positions, loss_scale, mesh) as loads:
-        for number, batch in enumerate(batches, start=1):
-            synchronise_gradients(model, number == len(batches))
-            with watch("forward"):
-                loss = loss_function(model, batch)
-            with watch("backward"):
-                (loss.total * (loss_scale / tokens)).backward()
-            total = total + loss.total.detach() - sum(loss.penalties.values())
-            for name, value in (loss.metrics | loss.penalties).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
-    total, *values = mesh.sum(torch.stack([total, *sums.values()])).unbind()
-    metrics = {name: value / tokens for name, value in zip(sums, values, strict=True)}
-    return StepResult(total / tokens, metrics | load_metrics(loads), tokens, loads)
+        if pipeline is not None:
+            with watch("pipeline"):
+                pipeline.step(objective, batches)
+        else:
+            for number, batch in enumerate(batches, start=1):
+                synchronise_gradients(model, number == len(batches))
+                with watch("forward"):
+                    scaled = objective(model, batch)
+                with watch("backward"):
+                    scaled.backward()
+    if sums:
+        sums = dict(zip(sums, mesh.sum(torch.stack(list(sums.values()))).unbind(), strict=True))
+    metrics = {name: value / tokens for name, value in mesh.union(sums).items()}
+    return StepResult(metrics.pop("loss"), metrics | load_metrics(loads), tokens, loads)

@@ -18,6 +18,7 @@ from treadle.data.packing import Batch
 from treadle.errors import TrainingError
 from treadle.parallel.gradients import clip_gradients, gradient_norm
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import own_parameters
 from treadle.parallel.watchdog import Watchdog
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
@@ -133,7 +134,7 @@ class Loop:
         with self.watch("optimizer"):
             for optimizer in state.optimizers.optimizers:
                 state.scaler.unscale_(optimizer)
-            norm = gradient_norm(state.model.parameters(), self.mesh)
+            norm = gradient_norm(own_parameters(state.model), self.mesh)
             loss, grad_norm = torch.stack((result.loss, norm)).tolist()
             self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
             if not math.isfinite(loss) or self.overflows > (MAX_OVERFLOWS if state.scaler.is_enabled() else 0):

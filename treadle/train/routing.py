@@ -61,7 +61,8 @@ def observed(
     """While open, each backward through the model adds the mixtures' losses and records their load.
 
     positions: tokens that will pass through the model, over all micro-batches (and ranks) of the step.
-    The dictionary is empty until the end, then it holds each mixture's load, summed over the mesh, by name.
+    The dictionary is empty until the end, then it holds each mixture's load, summed over the mesh, by name; also of
+    the mixtures that are on other stages of a pipeline.
     """
     found, loads, mesh = mixtures(model), dict[str, Load](), mesh or Mesh()
     for module in found.values():
@@ -80,9 +81,10 @@ def observed(
                 records[name] = record
         if records:
             summed = mesh.sum(torch.cat(list(records.values()))).split([len(r) for r in records.values()])
-            for name, record_R in zip(records, summed, strict=True):
-                balance, z, dropped = record_R[-3:].unbind()
-                loads[name] = Load(record_R[:-3], balance / positions, z / positions, dropped)
+            records = dict(zip(records, summed, strict=True))
+        for name, record_R in mesh.union(records).items():
+            balance, z, dropped = record_R[-3:].unbind()
+            loads[name] = Load(record_R[:-3], balance / positions, z / positions, dropped)
     finally:
         for module in found.values():
             module.observation = None

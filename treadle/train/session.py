@@ -12,6 +12,7 @@ from rich.console import Console
 from treadle.config import Config, key_error, to_dict, to_yaml
 from treadle.data.batches import Batches
 from treadle.nn.flops import parameter_count
+from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.parallel.config import ParallelConfig, check_layout
 from treadle.parallel.mesh import Mesh, World, find_device, open_mesh
@@ -61,6 +62,13 @@ class SessionConfig(Config):
             raise key_error("training.sequence_length", message)
         return self
 
+    @model_validator(mode="after")
+    def _scaler_fits_the_layout(self) -> "SessionConfig":
+        if self.training.precision == "fp16" and self.parallel.pipeline > 1:
+            message = "fp16, whose loss scale each stage of a pipeline would change by itself; use bf16"
+            raise key_error("training.precision", message)
+        return self
+
 
 @dataclass(frozen=True)
 class Session:
@@ -87,7 +95,7 @@ class Session:
         """Say what begins; `data` is what it is trained on."""
         size, device = self.mesh.world.size, self.mesh.device.type
         where = device if size == 1 else f"{size} x {device}"
-        told = f"run {self.run.id}: {parameter_count(self.model):,} parameters on {where}, {data}"
+        told = f"run {self.run.id}: {parameter_count(build_meta(self.model.config)):,} parameters on {where}, {data}"
         self.console.print(told, highlight=False, soft_wrap=True)
 
     def train(self, loss: LossFunction, around: Sequence[callbacks.Callback], *, length: float) -> bool:
@@ -131,7 +139,9 @@ def open_processes(config: SessionConfig) -> Iterator[Mesh]:
     """The processes that share the run, each on its device. Raises ConfigError before any of them is waited for."""
     world = World.here()
     training = config.training
-    layout = check_layout(config.parallel, world.size, config.model, training.batch_size, training.sequence_length)
+    layout = check_layout(
+        config.parallel, world.size, config.model, training.batch_size, training.sequence_length, rows=training.rows
+    )
     with open_mesh(layout, find_device(config.device, world), timeout=config.parallel.timeout) as mesh:
         yield mesh
 

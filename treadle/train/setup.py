@@ -6,11 +6,12 @@ from treadle.errors import ConfigError
 from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.parallel.activation_checkpointing import apply_activation_checkpointing
-from treadle.parallel.compile import compile_layers
-from treadle.parallel.config import ParallelConfig, context_problems
+from treadle.parallel.compile import compile_between, compile_layers
+from treadle.parallel.config import ZERO_BUBBLE, ParallelConfig, context_problems
 from treadle.parallel.data import shard_data
 from treadle.parallel.expert import distribute_experts
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import cut
 from treadle.parallel.shards import parts_of, pieces
 from treadle.parallel.tensor import shard_tensor
 from treadle.train.config import Precision, TrainingConfig
@@ -49,12 +50,16 @@ def build_model(
     for key, message in context_problems(mesh.layout, config):  # a wrong model would train without a word
         raise ConfigError(f"{key}: {message}")
     model = build_meta(config)
+    cut(model, mesh, parallel, training.sequence_length)
     model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
+    deferring = mesh.pipeline is not None and parallel.schedule in ZERO_BUBBLE
     shard_tensor(model, mesh, parallel)
     travelling = distribute_experts(model, mesh)
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
+        if training.compile and deferring:
+            compile_between(layers)
         apply_activation_checkpointing(layers, training.activation_checkpointing)
-        if training.compile:
+        if training.compile and not deferring:
             compile_layers(layers, apart=travelling)
     shard_data(model, mesh, parallel)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device)

@@ -193,7 +193,7 @@ def test_a_cache_gives_the_same_as_the_whole_row(H: int, G: int, V: int, more: d
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
     with pytest.raises(ValueError, match="holds 20 tokens"):
         cache.append(qkv[1][:, :1], qkv[2][:, :1])
-    assert Cache([cache])[0] is cache
+    assert Cache({0: cache})[0] is cache
 
 
 def test_a_named_backend_is_obeyed_or_refused() -> None:

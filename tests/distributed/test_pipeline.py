@@ -1,0 +1,352 @@
+"""Pipelines: loss and every gradient against one process, in fp32, whatever the schedule and whatever it meets."""
+
+import inspect
+import itertools
+import random
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from distributed_zoo import MODELS, assert_same_step, loader, step_of, step_on_ranks, training, whole
+from harness import RankFailed, meshed, run
+from torch.distributed.pipelining import PipelineStage
+
+from treadle.evaluate.perplexity import evaluate_perplexity
+from treadle.inference.generate import stream
+from treadle.parallel import weight_gradients
+from treadle.parallel.config import ParallelConfig
+from treadle.parallel.mesh import Mesh
+from treadle.parallel.pipeline import _Stage, balance, pipeline_of
+from treadle.parallel.weight_gradients import DeferringLinear
+from treadle.train import setup
+from treadle.train.checkpoint import Checkpointer
+from treadle.train.config import CheckpointConfig
+from treadle.train.forward_backward import forward_backward
+from treadle.train.loop import Callback, Loop
+from treadle.train.losses import cross_entropy
+from treadle.train.optimizers import AdamWConfig, MuonConfig
+from treadle.train.schedules import ConstantConfig
+from treadle.train.setup import build_model, build_state
+
+
+@cache
+def alone(model: str, rows: int) -> dict[str, Any]:
+    return step_of(model, Mesh(), rows)
+
+
+def together(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the stages hold, as one. What several of them hold must be the same."""
+    whole = {**found[0], "gradients": {}, "initial": {}}
+    for step in found:
+        for part in ("gradients", "initial"):
+            for name, values in step[part].items():
+                assert torch.equal(whole[part].setdefault(name, values), values), name
+        for key in ("loss", "norm", "tokens", "metrics"):
+            assert step[key] == found[0][key], key
+        assert step["loads"].keys() == found[0]["loads"].keys()
+    return whole
+
+
+def changed(changes: dict[str, Any], *arguments: Any) -> Any:
+    return step_on_ranks(*arguments, **changes)
+
+
+def check(ranks: int, model: str, schedule: str, rows: int = 2, sizes: Any = None, options: Any = None, **changes: Any):
+    sizes = {"pipeline": 2, **(sizes or {})}
+    found = run(changed, ranks, changes, model, rows, {**sizes, "schedule": schedule, **(options or {})}, sizes)
+    assert_same_step(together(found), alone(model, rows))
+    return found
+
+
+GRAPHS: list[int] = []  # operations of each graph that was compiled here
+
+
+def compiled(changes: dict[str, Any], *arguments: Any) -> Any:
+    """The same with `compile`, by a backend that only counts, on top of what makes backward graphs."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def counting(graph: Any, inputs: Any, **options: Any) -> Any:
+        GRAPHS.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return aot_eager(graph, inputs, **options)
+
+    setup.compile_layers = partial(setup.compile_layers, backend=counting)
+    setup.compile_between = partial(setup.compile_between, backend=counting)
+    return {**changed({**changes, "compile": True}, *arguments), "graphs": GRAPHS}
+
+
+SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules(schedule):
+    check(2, "deep", schedule)
+
+
+# ranks, model, schedule, rows at a time, sizes, further keys of `parallel`, changes to the training section
+CASES: dict[str, tuple[int, str, str, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "four": (4, "deeper", "1f1b", 2, {"pipeline": 4}, {}, {}),
+    "four-v": (4, "deeper", "zbv", 2, {"pipeline": 4}, {}, {}),
+    "fsdp": (4, "deep", "1f1b", 1, {}, {}, {}),
+    "fsdp-freed": (4, "deep", "1f1b", 1, {}, {"reshard": "after_forward"}, {}),
+    "fsdp-v": (4, "deep", "zbv", 1, {}, {}, {}),
+    "fsdp-v-freed": (4, "deep", "zbv", 1, {}, {"reshard": "after_forward"}, {}),
+    "ddp": (4, "deep", "interleaved_zero_bubble", 1, {"replicate": 2}, {}, {}),
+    "tied": (2, "deep-tied", "1f1b", 2, {}, {}, {}),
+    "tied-v": (2, "deep-tied", "zbv", 2, {}, {}, {}),
+    "tied-fsdp": (4, "deep-tied", "interleaved_1f1b", 1, {}, {}, {}),
+    "tied-fsdp-v": (4, "deep-tied", "dualpipev", 1, {}, {}, {}),
+    "further": (2, "deep-further", "1f1b", 2, {}, {}, {}),
+    "further-v": (2, "deep-further", "zbv", 2, {}, {}, {}),
+    "further-fsdp": (4, "deep-further", "1f1b", 1, {}, {}, {}),
+    "moe": (2, "deep-moe", "1f1b", 2, {}, {}, {}),
+    "moe-v": (2, "deep-moe", "zbv", 2, {}, {}, {}),
+    "moe-fsdp-v": (4, "deep-moe", "zbv", 1, {}, {}, {}),
+    "latent": (2, "deep-latent", "1f1b", 2, {}, {}, {}),
+    "latent-v": (2, "deep-latent", "zbv", 2, {}, {}, {}),
+    "recompute": (2, "deep", "1f1b", 2, {}, {}, {"activation_checkpointing": "full"}),
+    "recompute-v": (2, "deep", "zbv", 2, {}, {}, {"activation_checkpointing": "full"}),
+    "selective-v": (2, "deep", "zbv", 2, {}, {}, {"activation_checkpointing": "selective"}),
+    "recompute-fsdp-v-freed": (
+        4,
+        "deep",
+        "zbv",
+        1,
+        {},
+        {"reshard": "after_forward"},
+        {"activation_checkpointing": "full"},
+    ),
+    "tensor": (4, "deep-tied", "1f1b", 2, {"tensor": 2}, {}, {}),
+    "tensor-further": (4, "deep-further", "interleaved_1f1b", 2, {"tensor": 2}, {}, {}),
+    "expert": (4, "deep-moe", "1f1b", 1, {"expert": 2}, {}, {}),
+    "dealt": (2, "deep", "1f1b", 2, {}, {"stage_layers": [4, 1]}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_step_is_that_of_one_process(case):
+    ranks, model, schedule, rows, sizes, options, changes = CASES[case]
+    check(ranks, model, schedule, rows, sizes, options, **changes)
+
+
+@pytest.mark.parametrize(("schedule", "recompute"), [("1f1b", "none"), ("zbv", "full")])
+def test_compiled(schedule, recompute):
+    changes = {"activation_checkpointing": recompute}
+    found = run(compiled, 2, changes, "deep", 2, {"pipeline": 2, "schedule": schedule}, {"pipeline": 2})
+    assert_same_step(together(found), alone("deep", 2))
+    for step in found:
+        # All layers share what is compiled: the whole of one, or the pieces between matmuls, attention the largest.
+        assert len(step["graphs"]) == (1 if schedule == "1f1b" else 5)
+        assert max(step["graphs"]) > 20
+
+
+def counted(model: str, schedule: str, sizes: dict[str, int], rows: int) -> tuple[dict[str, int], int, int, int]:
+    """How often each layer ran, and its inside; how many gradients of weights were formed, and what should be."""
+    with meshed(**sizes) as mesh:
+        config = training(activation_checkpointing="full")
+        forwards: dict[str, int] = {}
+        plain = DeferringLinear.forward
+
+        def counting(self, x):
+            forwards[names[self]] = forwards.get(names[self], 0) + 1
+            return plain(self, x)
+
+        DeferringLinear.forward = counting
+        products = [0]
+        add = weight_gradients.add_outer_products
+
+        def adding(*arguments):
+            products[0] += 1
+            add(*arguments)
+
+        weight_gradients.add_outer_products = adding
+        built = build_model(
+            MODELS[model], config, seed=0, mesh=mesh, parallel=ParallelConfig(**sizes, schedule=schedule)
+        )
+        names = {module: name for name, module in built.named_modules() if isinstance(module, DeferringLinear)}
+        batches = loader(mesh).micro_batches(0, rows)
+        forward_backward(built, batches, cross_entropy, mesh=mesh)
+        return forwards, products[0], len(names), len(batches)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv", "dualpipev"])
+def test_nothing_runs_twice(schedule):
+    """No forward but the micro-batches' and their recomputation, at the first step too; each weight gradient once."""
+    for forwards, products, linears, micro_batches in run(counted, 2, "deep", schedule, {"pipeline": 2}, 2):
+        assert len(forwards) == linears
+        assert set(forwards.values()) == {2 * micro_batches}
+        assert products == linears * micro_batches
+
+
+def narrow(mesh: Mesh, schedule: str) -> tuple[float, dict[str, torch.Tensor]]:
+    config, parallel = training(precision="bf16"), ParallelConfig(pipeline=mesh.layout.pipeline, schedule=schedule)
+    built = build_model(MODELS["deep-further"], config, seed=0, mesh=mesh, parallel=parallel)
+    result = forward_backward(built, loader(mesh).micro_batches(0, 1), cross_entropy, mesh=mesh)
+    return result.loss.item(), {n: whole(p.grad) for n, p in built.named_parameters() if p.grad is not None}
+
+
+def narrow_on_ranks(schedule: str) -> tuple[float, dict[str, torch.Tensor]]:
+    with meshed(pipeline=2) as mesh:
+        return narrow(mesh, schedule)
+
+
+@pytest.mark.parametrize(("ranks", "schedule"), [(2, "zbv"), (4, "zbv"), (4, "1f1b")])
+def test_bf16(ranks, schedule):
+    """Gathered weights are bf16, their gradients float32, added up over micro-batches without rounding in between."""
+    expected, right = narrow(Mesh(), "1f1b")
+    for loss, grads in run(narrow_on_ranks, ranks, schedule):
+        assert loss == pytest.approx(expected, abs=1e-3)
+        for name, grad in grads.items():
+            assert grad.dtype == torch.float32
+            assert (grad - right[name]).norm() < 0.02 * right[name].norm(), name
+
+
+OPTIMIZERS = {"adamw": AdamWConfig(lr=3e-3), "muon": MuonConfig(lr=3e-3)}
+
+
+class Records(Callback):
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def step(self, loop, record):
+        self.records.append((record.loss, record.grad_norm, record.metrics))
+
+
+def trained(mesh: Mesh, model: str, optimizer: str, parallel: dict[str, Any], folder: Any, load: bool = False) -> Any:
+    """Two clipped steps and a checkpoint, or what it holds; then a third step. What each step said, and the states."""
+    config = training(clip_norm=0.1, steps=3)
+    built = build_model(MODELS[model], config, seed=9 if load else 0, mesh=mesh, parallel=ParallelConfig(**parallel))
+    state = build_state(built, OPTIMIZERS[optimizer], config)
+    checkpointer = Checkpointer(folder, CheckpointConfig(), mesh)
+    said = Records()
+
+    def go(steps: int) -> None:
+        changed = training(clip_norm=0.1, steps=steps)
+        batches = loader(mesh).iterate_micro(2, state.step, steps)
+        Loop(state, changed, ConstantConfig(), cross_entropy, [said], mesh=mesh).run(batches)
+
+    if load:
+        checkpointer.load(state, 2)
+    else:
+        go(2)
+        checkpointer.save(state, {}, wait=True)
+    tensors = state.tensors()
+    held = {f"{part}.{name}": whole(t) for part in tensors for name, t in tensors[part].items()}
+    go(3)
+    return said.records, held, {name: whole(p) for name, p in built.named_parameters()}
+
+
+def trained_on_ranks(sizes: dict[str, int], *arguments: Any) -> Any:
+    with meshed(**sizes) as mesh:
+        return trained(mesh, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "ranks", "schedule"),
+    [
+        ("deep-tied", "adamw", 2, "1f1b"),
+        ("deep-tied", "adamw", 4, "zbv"),
+        ("deep-moe", "muon", 2, "zbv"),
+        ("deep-further", "muon", 4, "interleaved_1f1b"),
+    ],
+)
+def test_training_clips_and_goes_on_in_one_process(tmp_path, model, optimizer, ranks, schedule):
+    """Losses, norms, loads and weights of one process; a pipeline's checkpoint is one process's, and the reverse."""
+    parallel = {"pipeline": 2, "schedule": schedule}
+    found = run(trained_on_ranks, ranks, {"pipeline": 2}, model, optimizer, parallel, tmp_path / "staged")
+    alone_said, alone_held, alone_weights = trained(Mesh(), model, optimizer, {}, tmp_path / "alone")
+    resumed = trained(Mesh(), model, optimizer, {}, tmp_path / "staged", True)
+    staged = run(trained_on_ranks, ranks, {"pipeline": 2}, model, optimizer, parallel, tmp_path / "alone", True)
+    tolerance = 2e-6 if optimizer == "adamw" else 5e-4  # Muon works in bf16
+    assert set().union(*(held for _, held, _ in found)) == set(alone_held)
+    for said, held, weights in found:
+        for mine, right in zip(said, alone_said, strict=True):
+            assert mine[:2] == pytest.approx(right[:2], abs=tolerance)
+            assert mine[2] == pytest.approx(right[2], abs=10 * tolerance)
+        for name, values in held.items():  # bit by bit what was saved, and the same in both copies of an embedding
+            assert torch.equal(resumed[1][name], values), name
+        for name, values in weights.items():
+            assert (alone_weights[name] - values).abs().max() < 3 * tolerance, name
+    assert resumed[0][0][:2] == pytest.approx(found[0][0][2][:2], abs=tolerance)
+    for said, held, _ in staged:
+        assert said[0][:2] == pytest.approx(alone_said[2][:2], abs=tolerance)
+        for name, values in held.items():
+            assert torch.equal(alone_held[name], values), name
+
+
+def generated(mesh: Mesh, parallel: dict[str, Any]) -> Any:
+    """Likeliest tokens after a prompt, and nats of held-out rows in batches of any size."""
+    built = build_model(MODELS["deep-latent"], training(), seed=0, mesh=mesh, parallel=ParallelConfig(**parallel))
+    pipeline = pipeline_of(built)
+    agree = partial(mesh.same, source=0 if pipeline is None else pipeline.end_rank)
+    tokens = list(stream(built, [5, 6, 7], max_new_tokens=6, temperature=0.0, samples=2, agree=agree))
+    rows = [loader(mesh).samples(first, first + size) for first, size in ((0, 3), (3, 1))]
+    return tokens, evaluate_perplexity(built, rows, 1000, mesh=mesh)
+
+
+def generated_on_ranks(parallel: dict[str, Any]) -> Any:
+    with meshed(pipeline=parallel["pipeline"]) as mesh:
+        return generated(mesh, parallel)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved_1f1b"])
+def test_samples_and_evaluation(schedule):
+    tokens, score = generated(Mesh(), {})
+    for found, perplexity in run(generated_on_ranks, 2, {"pipeline": 2, "schedule": schedule}):
+        assert found == tokens
+        assert perplexity.loss == pytest.approx(score.loss, abs=1e-6)
+        assert perplexity.tokens == score.tokens
+
+
+def refused(rows: int, loss_function: Any) -> str:
+    with meshed(pipeline=2) as mesh:
+        built = build_model(MODELS["plain"], training(), seed=0, mesh=mesh, parallel=ParallelConfig(pipeline=2))
+        try:
+            forward_backward(built, loader(mesh).micro_batches(0, rows), loss_function, mesh=mesh)
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+
+def twice(model, batch):
+    model.hidden(batch.tokens_BS)
+    model.hidden(batch.tokens_BS)
+
+
+def test_what_a_pipeline_cannot_run():
+    for said in run(refused, 2, 3, cross_entropy):
+        assert "must have one shape, not [(2, 16), (3, 16)]" in said
+    with pytest.raises(RankFailed, match=r"model\.hidden was called twice for one micro-batch"):
+        run(refused, 2, 4, twice)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stages_are_balanced(seed):
+    """Against all ways to cut: no other has a cheaper dearest stage."""
+    generator = random.Random(seed)
+    layers = [generator.choice([1.0, 2.0, 5.0]) for _ in range(generator.randint(4, 9))]
+    end, stages = generator.choice([0.0, 3.0]), generator.randint(1, 4)
+
+    def dearest(counts: list[int]) -> float:
+        stops = [0, *itertools.accumulate(counts)]
+        costs = [sum(layers[a:b]) for a, b in itertools.pairwise(stops)]
+        return max([*costs[:-1], costs[-1] + end])
+
+    found = balance(layers, end, stages)
+    assert (len(found), sum(found), min(found) >= 1) == (stages, len(layers), True)
+    ways = itertools.combinations(range(1, len(layers)), stages - 1)
+    others = [[b - a for a, b in itertools.pairwise((0, *stops, len(layers)))] for stops in ways]
+    assert dearest(found) == min(map(dearest, others))
+
+
+def test_equal_layers_are_shared_out_equally():
+    assert balance([1.0] * 8, 0.0, 4) == [2, 2, 2, 2]
+    assert balance([1.0] * 7, 1.0, 4) == [2, 2, 2, 1]
+
+
+def test_private_names_are_still_there():
+    assert callable(PipelineStage._get_init_p2p_neighbors_ops)
+    assert "operation.peer" in inspect.getsource(_Stage)
+    assert [*inspect.signature(PipelineStage.__init__).parameters][1:7] == [
+        *("submodule", "stage_index", "num_stages", "device", "input_args", "output_args")
+    ]
