@@ -207,7 +207,8 @@ class _Attach(autograd.Function):
     def forward(ctx: Any, y: Tensor, objective: Tensor, scale: Tensor, leaf_R: Tensor, record_R: Tensor) -> Tensor:
         ctx.save_for_backward(scale, record_R)
         ctx.dtypes = objective.dtype, leaf_R.dtype
-        return y.view_as(y)
+        # No view: where a compiled graph begins with y (after a break), a view of its input would lose this backward.
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:

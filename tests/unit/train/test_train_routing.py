@@ -100,6 +100,19 @@ def test_recomputation_and_compilation_count_once(mode: Any, backend: str | None
     torch._dynamo.reset()
 
 
+def test_a_mixture_that_is_compiled_in_pieces_loses_nothing() -> None:
+    """Where experts are computed one by one the graph breaks, and what attaches the losses begins a graph."""
+    torch._dynamo.reset()
+    options = layers(repeat=1, balance_loss=0.3, z_loss=0.1, compute="loop")
+    expected, wanted = run(make_model(layers=options), 2)
+    model = make_model(layers=options)
+    compile_layers(model.layers, backend="aot_eager")
+    result, found = run(model, 2)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.metrics, expected.metrics)
+    torch._dynamo.reset()
+
+
 def test_compiled_mixtures_have_no_break_and_share_a_graph() -> None:
     torch._dynamo.reset()
     graphs = []
