@@ -85,7 +85,6 @@ class GatedDelta(nn.Module):
     exit = "out"
     head_counts = {"heads": ("q", "k"), "value_heads": ()}
     full_precision = True  # decay, step size and convolution
-    float32 = ("A_log", "dt_bias")
 
     def __init__(self, config: GatedDeltaConfig, model_dim: int, max_length: int):
         super().__init__()

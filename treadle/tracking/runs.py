@@ -62,7 +62,8 @@ class Runs:
         if found:
             some = ", ".join(run.id for run in found[:5]) + (", ..." if len(found) > 5 else "")
             raise RunError(f"run '{reference}' is the beginning of {len(found)} ids: {some}. Type more of it.")
-        raise RunError(f"run '{reference}': no such run in {self.root}.{self._nearest(reference, runs)}")
+        place = "no such folder, and " if "/" in reference else ""
+        raise RunError(f"run '{reference}': {place}no such run in {self.root}.{self._nearest(reference, runs)}")
 
     def _nearest(self, reference: str, runs: Sequence[RunRecord]) -> str:
         # A person types the name and forgets the date, so both are compared; later runs of a name hide earlier ones.

@@ -101,6 +101,11 @@ def test_bad_input_is_one_message(ours: Path, tmp_path: Path) -> None:
     result = run("hf-import", tmp_path / "nowhere", tmp_path / "x")
     assert result.exit_code == 2
     assert "nowhere: no such folder" in result.output
+    assert "no such folder, and no such run" in run("hf-export", tmp_path / "nowhere", tmp_path / "x").output
+    result = run("hf-export", ours, tmp_path / "y", "--family", "lamma")
+    assert "unknown family 'lamma'. Did you mean 'llama'?" in result.output
+    assert "config.json" not in result.output
+    assert "closest" not in result.output
     result = run("hf-export", ours, tmp_path / "y", "--dtype", "int3")
     assert result.exit_code == 2
     assert "--dtype: 'int3'; expected bf16" in result.output

@@ -117,6 +117,17 @@ def test_imported_file_registers_its_kinds_and_the_saved_config_finds_it_again(w
     assert set(sys.modules) == loaded  # once each
 
 
+def test_a_copy_of_a_file_is_the_same_blocks(write):
+    """As in a model folder, which holds copies; otherwise its kinds would be taken."""
+    for folder in ("one", "two"):
+        write(f"{folder}/copied.py", USER_MIXER.format(name="Copied", kind="copied"))
+    for folder in ("one", "two"):
+        path = write(
+            f"{folder}/run.yaml", "imports: copied.py\nmodel: {layers: [{kind: block, mixer: {kind: copied}}]}\n"
+        )
+        resolve(Recipe, path)
+
+
 def test_import_by_module_name(write, tmp_path, monkeypatch):
     write("my_blocks_for_test.py", USER_MIXER.format(name="Named", kind="named"))
     monkeypatch.syspath_prepend(tmp_path)
