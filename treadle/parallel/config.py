@@ -143,8 +143,8 @@ def _problems(
     yield from _expert_problems(layout, model)
     if batch_size % layout.data:
         lower, upper = batch_size // layout.data * layout.data, -(-batch_size // layout.data) * layout.data
-        fits = ", ".join(str(fit) for fit in (lower, upper) if fit)
-        message = f"{batch_size} rows cannot be shared out equally to replicate x shard = {layout.data}; try {fits}"
+        near = ", ".join(str(fit) for fit in (lower, upper) if fit)
+        message = f"{batch_size} rows cannot be shared out equally to replicate x shard = {layout.data}; try {near}"
         yield "training.batch_size", message
     elif layout.pipeline > 1:
         yield from _pipeline_problems(config, len(model.expand()), batch_size // layout.data, rows)
