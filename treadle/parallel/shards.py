@@ -30,7 +30,7 @@ from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
 
 Parts = Sequence[int]
-TENSOR = "tensor"  # the dimension of a mesh that matrices are cut on
+TENSOR, EXPERT = "tensor", "expert"  # the dimensions of a mesh that matrices are cut on, and experts dealt out
 
 
 def parts_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -80,11 +80,12 @@ def pieces(tensor: Tensor, parts: Parts = ()) -> list[Piece]:
 def _place(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Where the rows that are here begin, and how many they are, in each dimension, without regard to parts.
 
-    Matrices are cut first, and what is left is shared out over the other dimensions: as `fully_shard` does it.
+    Matrices are cut and experts dealt out first, and what is left is shared out over the other dimensions: as
+    `fully_shard` does it, which comes after both.
     """
     offsets, shape = [0] * tensor.ndim, list(tensor.shape)
     names = list(tensor.device_mesh.mesh_dim_names or ())
-    order = sorted(range(len(names)), key=lambda dimension: names[dimension] != TENSOR)
+    order = sorted(range(len(names)), key=lambda dimension: names[dimension] not in (TENSOR, EXPERT))
     for dimension in order:
         placement = tensor.placements[dimension]
         if placement.is_replicate():
