@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed._functional_collectives
-import torch.distributed._symmetric_memory  # noqa: F401  defines an operator below
+import torch.distributed._symmetric_memory
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
