@@ -48,20 +48,28 @@ def test_one_step_is_that_of_one_process(case):
         assert_same_step(step, expected)
 
 
-def compiled_step(model: str, sizes: dict[str, int]) -> Any:
+def compiled_step(model: str, sizes: dict[str, int], mode: str) -> Any:
     setup.compile_layers = partial(compilation.compile_layers, backend="aot_eager")
     with meshed(**sizes) as mesh:
-        step = step_of(model, mesh, 8, compile=True)
+        step = step_of(model, mesh, 4, compile=True, activation_checkpointing=mode)
     counters = torch._dynamo.utils.counters
     return step, dict(counters["graph_break"]), counters["stats"]["unique_graphs"]
 
 
-def test_compiled_layers_are_whole_graphs():
-    expected = step_of("wide", Mesh(), 8)
-    for step, breaks, graphs in run(compiled_step, 2, "wide", {"tensor": 2}):
+@pytest.mark.parametrize(
+    ("model", "ranks", "sizes", "mode"),
+    [
+        # torch 2.13 fails here where a compiled layer sees DTensors: it keeps their mesh for the backward.
+        ("plain", 2, {"tensor": 2}, "full"),
+        ("wide", 4, {"shard": 2, "tensor": 2}, "selective"),
+    ],
+)
+def test_compiled_layers_are_whole_graphs(model, ranks, sizes, mode):
+    expected = step_of(model, Mesh(), 4)
+    for step, breaks, graphs in run(compiled_step, ranks, model, sizes, mode):
         assert_same_step(step, expected)
         assert not breaks
-        assert graphs == 2
+        assert graphs == (1 if model == "plain" else 2)
 
 
 def fused_step(model: str, sizes: dict[str, int], changes: dict[str, Any]) -> Any:

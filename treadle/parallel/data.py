@@ -49,10 +49,8 @@ def shard_data(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
         for moe in layer.modules():
             if mesh.expert is not None and isinstance(moe, MoE):
                 _shard_experts(moe, mesh, {**options, "mp_policy": narrow})
-        if model.dtype != torch.float32:
-            for module in layer.modules():
-                if getattr(module, "full_precision", False):
-                    fully_shard(module, mp_policy=wide, **options)
+        for module in wide_units(model, layer):
+            fully_shard(module, mp_policy=wide, **options)
         fully_shard(layer, mp_policy=narrow, **options)
     # The head is used after `hidden` has returned (and the embedding again, by multi-token prediction), so the root's
     # weights stay until the backward frees them; `release` does it where there is none.
@@ -80,6 +78,13 @@ def sharded_units(model: Transformer) -> list[nn.Module]:
     """What is gathered at a time: the layers, and the modules of multi-token prediction."""
     extra = [] if model.multi_token is None else list(model.multi_token.layers.values())
     return [*model.layers.values(), *extra]
+
+
+def wide_units(model: Transformer, layer: nn.Module) -> list[nn.Module]:
+    """What of a layer is gathered by itself, as it computes in another dtype than the rest."""
+    if model.dtype == torch.float32:
+        return []
+    return [module for module in layer.modules() if getattr(module, "full_precision", False)]
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:

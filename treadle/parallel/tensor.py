@@ -31,6 +31,7 @@ from treadle.nn.transformer import Transformer
 from treadle.parallel import cut_modules as cut
 from treadle.parallel.collectives import Peers, gather, not_fused_because
 from treadle.parallel.config import ParallelConfig
+from treadle.parallel.data import sharded_units, wide_units
 from treadle.parallel.fits import blocks
 from treadle.parallel.mesh import Mesh
 
@@ -59,6 +60,10 @@ def shard_tensor(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None
             spread, views[leaf] = made[parameter]
             module.register_parameter(leaf, spread)
         _become(module, site.form, views, peers)
+    for layer in sharded_units(model):
+        inner = wide_units(model, layer)
+        for unit in (layer, *inner):
+            _look_before(layer, unit, without=[other for other in inner if other is not unit])
 
 
 @dataclass
@@ -231,7 +236,7 @@ def _spread(name: str, parameter: nn.Parameter, placement: Placement, mesh: Devi
 
 def _become(module: Any, form: type | None, views: dict[str, View], peers: Peers) -> None:
     """The same module, whose code sees what is here of its parameters."""
-    module.views, module.peers = views, peers
+    module.views, module.peers, module.seen = views, peers, {}
     kind: Any = type(module)
     module.__class__ = _class(kind, form, tuple(views))
 
@@ -244,10 +249,39 @@ def _class(kind: type, form: type | None, names: tuple[str, ...]) -> type:
 
 def _seen(name: str) -> Any:
     def seen(module: Any) -> Tensor:
-        parameter = module._parameters[name]
-        # Outside of a forward it is on the mesh of data as well: whoever asks then means the parameter itself.
-        if not torch.compiler.is_compiling() and parameter.device_mesh.ndim != 1:
-            return parameter  # type: ignore[no-any-return]
-        return module.views[name].of(parameter, module.peers)  # type: ignore[no-any-return]
+        found = module.seen.get(name)
+        return _look(module, name) if found is None else found  # type: ignore[no-any-return]
 
     return seen
+
+
+def _look(module: Any, name: str) -> Tensor:
+    parameter = module._parameters[name]
+    # Outside of a forward it is on the mesh of data as well: whoever asks then means the parameter itself.
+    if parameter.device_mesh.ndim != 1:
+        return parameter  # type: ignore[no-any-return]
+    return module.views[name].of(parameter, module.peers)  # type: ignore[no-any-return]
+
+
+def _look_before(layer: nn.Module, unit: nn.Module, without: list[nn.Module]) -> None:
+    """While a unit of a compiled layer runs (the layer itself, or what is gathered by itself in it), have what it sees
+    of its parameters at hand, so that the compiler meets plain tensors only.
+
+    Of a DTensor it may keep the mesh for the backward, where torch 2.13 expects tensors. A layer that is not compiled
+    looks at each parameter as it comes to it: the same in the forward and when it is recomputed, where no hook runs.
+    """
+    hidden = {inner for other in without for inner in other.modules()}
+    modules: list[Any] = [module for module in unit.modules() if module not in hidden]
+
+    @torch.compiler.disable
+    def look(*_: Any) -> None:
+        for module in modules if layer._compiled_call_impl is not None else ():
+            module.seen.update({name: _look(module, name) for name in module.views})
+
+    @torch.compiler.disable
+    def forget(*_: Any) -> None:
+        for module in modules:
+            module.seen.clear()
+
+    unit.register_forward_pre_hook(look)  # sharding of data will come before it, and gather
+    unit.register_forward_hook(forget, always_call=True)
