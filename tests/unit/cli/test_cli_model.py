@@ -57,7 +57,7 @@ def test_show_lists_multi_token_apart(spec: str) -> None:
     module = 4 * 16 + 3 * 16 * 16 + 3 * 16 * 24 + 2 * 16 * 16 + 3 * 16
     (line,) = [line for line in shown.splitlines() if "multi_token  SequentialMultiToken" in line]
     assert f"{module:,} parameters" in line
-    assert any("project  Linear  [16 × 32] row" in line for line in shown.splitlines())
+    assert any("project  Linear  [16 × 32] replicate" in line for line in shown.splitlines())
     assert "Only training runs multi_token" in shown
     assert "multi_token" not in plain
     first, without = shown.splitlines()[0].split("parameters"), plain.splitlines()[0].split("parameters")
