@@ -100,9 +100,11 @@ def test_spec_of_a_family_needs_no_weights(tmp_path: Path) -> None:
         read_spec(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "qwen3", "qwen3-moe", "gemma2", "gpt2", "falcon-7b", "gpt-oss", "deepseek-v2", "deepseek-v3"]
-)
+BF16 = ["llama", "qwen3", "qwen3-moe", "gemma2", "gemma3", "olmo2", "gpt2", "falcon-7b", "gpt-oss"]
+BF16 += ["deepseek-v2", "deepseek-v2-lite", "deepseek-v3"]
+
+
+@pytest.mark.parametrize("name", BF16)
 def test_bf16_is_as_near_to_fp32_as_in_transformers(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     peer = published(case, tmp_path).bfloat16()
