@@ -57,7 +57,9 @@ class Engine:
 
     def add(self, prompt: Sequence[int], sampling: Sampling | None = None, extra: object = None) -> Request:
         """Queue a request. Raises ConfigError for one that can never run."""
-        request = Request(list(prompt), sampling or Sampling(), extra=extra)
+        sampling = sampling or Sampling()
+        eos = () if self.eos is None or sampling.ignore_eos else (self.eos,)
+        request = Request(list(prompt), sampling, ends=frozenset({*sampling.stop_tokens, *eos}), extra=extra)
         if not request.prompt:
             raise ConfigError("prompt: it has no token; begin with the end-of-text token to sample from nothing")
         vocabulary = self.model.config.vocab_size or 0
@@ -122,9 +124,8 @@ class Engine:
 
     def _ended(self, request: Request, token: int) -> FinishReason | None:
         sampling = request.sampling
-        if len(request.outputs) >= sampling.min_tokens:
-            if token in sampling.stop_tokens or (token == self.eos and not sampling.ignore_eos):
-                return "stop"
+        if token in request.ends:  # not before `min_tokens`, see the sampler
+            return "stop"
         return "length" if len(request.outputs) >= sampling.max_tokens else None
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

@@ -66,6 +66,7 @@ class Request:
     pages: list[list[int]] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
     slot: int | None = None
+    ends: frozenset[int] = frozenset()  # tokens that end the text
     extra: Any = None  # whatever the caller wants to find again
 
     @property
