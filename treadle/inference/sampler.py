@@ -165,7 +165,7 @@ def uniform(seeds_R: Tensor, positions_R: Tensor, vocabulary: int) -> Tensor:
     token_V = torch.arange(vocabulary, device=seeds_R.device)
     start_R = _mix(_mix(seeds_R) + positions_R * -7046029254386353131)
     x_RV = _mix(start_R[:, None] + token_V * -7046029254386353131)
-    return ((x_RV >> 40 & 0xFFFFFF).float() + 0.5) * 2**-24
+    return ((x_RV >> 41 & 0x7FFFFF).float() + 0.5) * 2**-23
 
 
 def _mix(x: Tensor) -> Tensor:
