@@ -33,7 +33,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, policy: str, tmp_pat
     generator = torch.Generator().manual_seed(1)
     lengths = CROSSES.get(name, (1, 5, 17, 30, 12))
     prompts = [torch.randint(0, 131, (length,), generator=generator).tolist() for length in lengths]
-    prompts.append(prompts[3][:17] + [1, 2, 3])
+    prompts.append([*prompts[3][:17], 1, 2, 3])
     config = EngineConfig(slots=4, budget=16, page=4, cache_tokens=120, policy=policy)
     engine = Engine(model, config)
     done = engine.generate(prompts, Sampling(max_tokens=NEW, temperature=0))

@@ -4,17 +4,14 @@ Each step the scheduler says who computes what, the runner launches it, and whil
 what the step before has drawn. So a request that ends at an end-of-text token computes one token too many, unseen.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 from pydantic import Field, PositiveInt
-
-import torch
 
 from treadle.config import Config
 from treadle.errors import ConfigError
 from treadle.inference.request import FinishReason, Request, Sampling, Status
-from treadle.inference.runner import Launched, Runner, Storage, windows_of
+from treadle.inference.runner import Launched, Runner, Storage, is_recurrent, windows_of
 from treadle.inference.scheduler import Policy, Scheduler
 from treadle.inference.tables import Tables
 from treadle.nn.transformer import Transformer
@@ -45,8 +42,7 @@ class Engine:
         self.max_length = min(c.max_length or model.config.max_length, model.config.max_length)
         windows = windows_of(model)
         counts = self._page_counts(windows)
-        recurrent = any(not layer.mixer.cache_elements() for layer in model.layers.values())  # type: ignore[union-attr]
-        self.tables = Tables(windows, counts, c.page, reuse=c.reuse and not recurrent)
+        self.tables = Tables(windows, counts, c.page, reuse=c.reuse and not is_recurrent(model))
         self.scheduler = Scheduler(self.tables, slots=c.slots, budget=c.budget, policy=c.policy)
         self.runner = Runner(model, self.tables, Storage(model, windows, counts, c.page, c.slots), c.slots, c.backend)
         self._launched: Launched | None = None
@@ -69,8 +65,8 @@ class Engine:
         length = len(request.prompt) + request.sampling.max_tokens
         if length > self.max_length:
             raise ConfigError(
-                f"max_tokens: {len(request.prompt)} tokens of the prompt and {request.sampling.max_tokens} new ones are "
-                f"more than the engine's max_length={self.max_length}; lower max_tokens or shorten the prompt"
+                f"max_tokens: {len(request.prompt)} tokens of the prompt and {sampling.max_tokens} new ones are more "
+                f"than the engine's max_length={self.max_length}; lower max_tokens or shorten the prompt"
             )
         if not self.tables.fits(length, min(length, self.config.budget)):
             raise ConfigError(

@@ -54,7 +54,7 @@ class Request:
     """
 
     prompt: list[int]
-    sampling: Sampling = Sampling()
+    sampling: Sampling
     number: int = field(default_factory=lambda: next(_numbers))
     outputs: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -83,6 +83,13 @@ class Request:
     def exhausted(self) -> bool:
         """Nothing more is to be sampled, if only what is in flight arrives."""
         return len(self.outputs) + self.in_flight >= self.sampling.max_tokens
+
+    @property
+    def place(self) -> int:
+        """The slot of a request that runs."""
+        if self.slot is None:
+            raise ValueError(f"request {self.number} is not running")
+        return self.slot
 
     def token(self, position: int) -> int | None:
         """None where it is in flight."""

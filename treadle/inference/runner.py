@@ -64,6 +64,12 @@ def windows_of(model: Transformer) -> list[int | None]:
     return list(dict.fromkeys(mixer.facts.window for mixer in mixers if mixer.cache_elements()))
 
 
+def is_recurrent(model: Transformer) -> bool:
+    """Whether some layer keeps a state instead of tokens."""
+    mixers: list[Any] = [layer.mixer for layer in model.layers.values()]  # type: ignore[union-attr]
+    return any(not mixer.cache_elements() for mixer in mixers)
+
+
 def kind_of(mixer: Any, windows: Sequence[int | None]) -> int | None:
     """The index of a mixer's kind; None: it keeps a state."""
     return windows.index(mixer.facts.window) if mixer.cache_elements() else None
@@ -94,11 +100,12 @@ class Runner:
         counts = np.array([part.end - part.begin for part in work])
         starts = np.concatenate(([0], np.cumsum(counts)))
         positions = np.concatenate([np.arange(part.begin, part.end) for part in work])
-        values, slots = [], []
+        values: list[int] = []
+        slots: list[int] = []
         for part in work:
             known = [part.request.token(position) for position in range(part.begin, part.end)]
             values += [0 if token is None else token for token in known]
-            slots += [part.request.slot if token is None else -1 for token in known]
+            slots += [part.request.place if token is None else -1 for token in known]
         tokens_T, slots_T = self._tensor(np.array(values)), self._tensor(np.array(slots))
         if max(slots) >= 0:  # some are in flight: only the device knows them
             tokens_T = torch.where(slots_T >= 0, self.sampler.latest_S[slots_T], tokens_T)
@@ -136,7 +143,7 @@ class Runner:
         return [
             Segment(
                 *(int(starts[first]), int(starts[last]), last - first),
-                self._tensor(np.array([part.request.slot for part in work[first:last]])),
+                self._tensor(np.array([part.request.place for part in work[first:last]])),
             )
             for first, last in bounds
         ]

@@ -54,7 +54,7 @@ class Sampler:
     def draw(self, logits_RV: Tensor, requests: Sequence[Request]) -> Sampled:
         """The next token of each request.  logits_RV: any float dtype; not changed."""
         logits_RV = logits_RV.float()
-        slots_R = self._tensor([_slot(request) for request in requests], torch.int64)
+        slots_R = self._tensor([request.place for request in requests], torch.int64)
         norm_R1 = logits_RV.logsumexp(-1, keepdim=True)
         asked = [request.sampling for request in requests]
         scores_RV = self._shifted(logits_RV, requests, slots_R)
@@ -87,7 +87,9 @@ class Sampler:
         penalised = [_penalised(request.sampling) for request in requests]
         if any(penalised):
             logits_RV = self._penalise(logits_RV, requests, penalised, slots_R)
-        rows, tokens, values = [], [], []
+        rows: list[int] = []
+        tokens: list[int] = []
+        values: list[float] = []
         for row, request in enumerate(requests):
             changes = dict(request.sampling.logit_bias)
             if len(request.outputs) + request.in_flight <= request.sampling.min_tokens:  # in flight is this one
@@ -105,7 +107,7 @@ class Sampler:
     ) -> Tensor:
         counts_SV, seen_SV = self._tallies()
         for request, wanted in zip(requests, penalised, strict=True):
-            slot = _slot(request)
+            slot = request.place
             if wanted and self._counted.get(slot) is not request:
                 self._count(request, counts_SV[slot], seen_SV[slot])
                 self._counted[slot] = request
@@ -172,12 +174,6 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
     return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _slot(request: Request) -> int:
-    if request.slot is None:
-        raise ValueError(f"request {request.number} is not running")
-    return request.slot
 
 
 def _seed(request: Request) -> int:

@@ -1,4 +1,4 @@
-"""Who computes what in the next step: continuous batching (Yu et al. 2022, Orca), prompts in chunks (arXiv:2308.16369)."""
+"""Who computes what in the next step: continuous batching (Orca, OSDI 2022), prompts in chunks (arXiv:2308.16369)."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -79,7 +79,7 @@ class Scheduler:
         return work
 
     def _make_room(self, request: Request) -> bool:
-        """Pages for one more token, taken from those that came last if there are none. False: it was itself the last."""
+        """Pages for one more token, taken from those that came last if need be. False: it was itself the last."""
         while not self.tables.grow(request, request.computed + 1):
             last = self.running[-1]
             self._preempt(last)

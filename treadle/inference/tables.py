@@ -74,7 +74,7 @@ class Tables:
         return [token for position in span if (token := request.token(position)) is not None]
 
     def grow(self, request: Request, length: int) -> bool:
-        """Take pages so that the request's first `length` tokens have room. False, and nothing taken, if there are none.
+        """Take pages for the request's first `length` tokens. False, and nothing taken, if there are not enough.
 
         Lets go of those that no window reaches from the next token on: it is the one time when no step that was
         launched, nor the one that is being made up, reads them.
