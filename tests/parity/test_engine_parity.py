@@ -36,7 +36,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, policy: str, tmp_pat
     prompts.append([*prompts[3][:17], 1, 2, 3])
     config = EngineConfig(slots=4, budget=16, page=4, cache_tokens=120, policy=policy)
     engine = Engine(model, config)
-    done = engine.generate(prompts, Sampling(max_tokens=NEW, temperature=0))
+    done = engine.generate(prompts, Sampling(max_tokens=NEW, temperature=0, logprobs=2))
     for prompt, request in zip(prompts, done, strict=True):
         tokens_1S = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(tokens_1S), "pad_token_id": 0}
@@ -45,6 +45,9 @@ def test_greedy_tokens_are_those_of_transformers(name: str, policy: str, tmp_pat
         with torch.no_grad():
             scores = peer(torch.tensor([[*prompt, *request.outputs]])).logits[0].log_softmax(-1)
         for index, token in enumerate(request.outputs):
-            assert abs(request.logprobs[index] - scores[len(prompt) + index - 1, token].item()) < 1e-4
+            found, expect = request.logprobs[index], scores[len(prompt) + index - 1]
+            assert found.token == token == next(iter(found.top))
+            assert found.logprob == pytest.approx(expect[token].item(), abs=1e-4)
+            assert list(found.top.values()) == pytest.approx(expect.topk(2).values.tolist(), abs=1e-4)
     assert done[-1].cached == 16
     assert all(pool.free == pool.count for pool in engine.tables.pools)

@@ -4,9 +4,11 @@ Each step the scheduler says who computes what, the runner launches it, and whil
 what the step before has drawn. So a request that ends at an end-of-text token computes one token too many, unseen.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from pydantic import Field, PositiveInt
+from torch import Tensor
 
 from treadle.config import Config
 from treadle.errors import ConfigError
@@ -14,7 +16,10 @@ from treadle.inference.request import FinishReason, Request, Sampling, Status
 from treadle.inference.runner import Launched, Runner, Storage, is_recurrent, windows_of
 from treadle.inference.scheduler import Policy, Scheduler
 from treadle.inference.tables import Tables
+from treadle.nn.flops import cache_elements, state_elements
 from treadle.nn.transformer import Transformer
+
+WORKSPACE = 2 << 30  # bytes for activations, scores and graphs
 
 
 class EngineConfig(Config):
@@ -48,8 +53,23 @@ class Engine:
         self._launched: Launched | None = None
 
     def _page_counts(self, windows: Sequence[int | None]) -> list[int]:
-        tokens = self.config.cache_tokens or self.config.slots * min(self.max_length, 1024)
-        return [-(-tokens // self.config.page) for _ in windows]
+        """Pages of each kind: of as many tokens as are asked for, or as fit the memory that the model leaves."""
+        c, model = self.config, self.model
+        tokens = c.cache_tokens
+        if tokens is None and model.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(model.device)
+            room = free - (1 - c.memory) * total - WORKSPACE
+            each = cache_elements(model) * torch.empty((), dtype=model.dtype).element_size()
+            states = (c.slots + 1) * state_elements(model) * 4
+            tokens = int((room - states) // each) if each else c.slots * self.max_length
+            if tokens < self.max_length:
+                raise ConfigError(
+                    f"memory: {c.memory} leaves room for {max(tokens, 0)} tokens of cache, less than one request of "
+                    f"max_length={self.max_length}; raise it, or lower max_length"
+                )
+        tokens = min(tokens or c.slots * min(self.max_length, 1024), c.slots * self.max_length)
+        return [-(-tokens // c.page) for _ in windows]
 
     def add(self, prompt: Sequence[int], sampling: Sampling | None = None, extra: object = None) -> Request:
         """Queue a request. Raises ConfigError for one that can never run."""
@@ -80,6 +100,36 @@ class Engine:
         if request.status is not Status.FINISHED:
             self._finish(request, "abort")
 
+    def score(self, texts: Iterable[Sequence[int]]) -> list[list[float]]:
+        """The log probability of each token but the first, given those before it, in nats."""
+        asked = Sampling(max_tokens=1, temperature=0, prompt_logprobs=True)
+        return [[each.logprob for each in done.prompt_logprobs] for done in self.generate(texts, asked)]
+
+    def update_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take other weights, by the model's names, in place; some of them will do. What was computed is forgotten.
+
+        Raises ValueError while requests run, whose beginnings are those of the old weights.
+        """
+        if self.busy:
+            raise ValueError("requests are running: let them end, or abort them, before the weights change")
+        own = dict(self.model.named_parameters())
+        if unknown := sorted(set(weights) - set(own)):
+            raise ValueError(f"the model has no weights {', '.join(unknown[:3])}")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+        self.tables.forget()
+
+    def sleep(self) -> None:
+        """Give the cache's memory back, between requests. `wake` before the next one."""
+        if self.busy:
+            raise ValueError("requests are running: let them end, or abort them, before the engine sleeps")
+        self.runner.storage.free()
+        self.tables.forget()
+
+    def wake(self) -> None:
+        self.runner.storage.allocate()
+
     @property
     def busy(self) -> bool:
         return bool(self._launched or self.scheduler.waiting or self.scheduler.running)
@@ -103,16 +153,19 @@ class Engine:
         return requests
 
     def _read(self, launched: Launched) -> list[tuple[Request, int]]:
-        sampled = launched.arrived()
+        launched.arrived()
+        for request, begin, sampled in launched.prompts:
+            # After a preemption what is known already comes again.
+            rows = range(max(0, len(request.prompt_logprobs) - begin), len(sampled.tokens_R))
+            request.prompt_logprobs += [sampled.token(row, request.sampling.logprobs) for row in rows]
         new = []
-        for request, token, logprob in zip(
-            launched.requests, sampled.tokens_R.tolist(), sampled.logprobs_R.tolist(), strict=True
-        ):
+        for row, (request, token) in enumerate(zip(launched.requests, launched.sampled.tokens_R.tolist(), strict=True)):
             request.in_flight -= 1
             if request.status is Status.FINISHED:
                 continue
             request.outputs.append(token)
-            request.logprobs.append(logprob)
+            if request.sampling.logprobs is not None:
+                request.logprobs.append(launched.sampled.token(row, request.sampling.logprobs))
             new.append((request, token))
             if (reason := self._ended(request, token)) is not None:
                 self._finish(request, reason)

@@ -33,6 +33,15 @@ class Sampling(Config):
     prompt_logprobs: bool = Field(False, description="return the log probability of each token of the prompt")
 
 
+@dataclass(frozen=True)
+class Logprob:
+    """What the model thought of a token: its log probability, and those of the likeliest. In nats, at temperature 1."""
+
+    token: int
+    logprob: float
+    top: dict[int, float] = field(default_factory=dict)
+
+
 class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -57,7 +66,8 @@ class Request:
     sampling: Sampling
     number: int = field(default_factory=lambda: next(_numbers))
     outputs: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)  # of the outputs, where they are asked for
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # of the prompt's tokens but the first
     finish: FinishReason | None = None
     status: Status = Status.WAITING
     computed: int = 0

@@ -4,7 +4,7 @@ R requests, T new tokens of all of them, P pages, N = R + 1, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from treadle.attention import AttentionContext, Cache, PagedCache, Pages, Segment, StateCache
 from treadle.inference.request import Request
-from treadle.inference.sampler import Sampled, Sampler
+from treadle.inference.sampler import Sampled, Sampler, described
 from treadle.inference.scheduler import Work
 from treadle.inference.tables import Tables
 from treadle.nn.transformer import Transformer
+
+PIECE = 512  # tokens of a prompt whose scores are held at the same time
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,18 @@ class Launched:
     """A step on its way. `arrived` waits for it.
 
     requests: those whose next token is drawn, in the order of `sampled`.
+    prompts: what was asked of prompts: the request, the step's first token of it, and what follows each of them.
     """
 
     requests: list[Request]
     sampled: Sampled
+    prompts: list[tuple[Request, int, Sampled]] = field(default_factory=list)
     event: Any = None
 
-    def arrived(self) -> Sampled:
+    def arrived(self) -> "Launched":
         if self.event is not None:
             self.event.synchronize()
-        return self.sampled
+        return self
 
 
 class Storage:
@@ -41,14 +45,20 @@ class Storage:
 
     def __init__(self, model: Transformer, windows: Sequence[int | None], counts: Sequence[int], page: int, slots: int):
         """windows, counts: of each kind, as `Tables` has them. One page and one slot more take what padding writes."""
-        self.kinds: dict[int, int | None] = {}
+        self.model, self.counts, self.page, self.slots = model, list(counts), page, slots
+        mixers: dict[int, Any] = {int(name): layer.mixer for name, layer in model.layers.items()}
+        self.kinds = {index: kind_of(mixer, windows) for index, mixer in mixers.items()}
         self.layers: dict[int, Any] = {}
-        for name, layer in model.layers.items():
-            mixer: Any = layer.mixer
-            kind = kind_of(mixer, windows)
-            self.kinds[int(name)] = kind
-            rows, capacity = (slots + 1, 0) if kind is None else (counts[kind] + 1, page)
-            self.layers[int(name)] = mixer.make_cache(rows, capacity, model.dtype, model.device)
+        self.allocate()
+
+    def allocate(self) -> None:
+        for index, kind in self.kinds.items():
+            mixer: Any = self.model.layers[str(index)].mixer
+            rows, capacity = (self.slots + 1, 0) if kind is None else (self.counts[kind] + 1, self.page)
+            self.layers[index] = mixer.make_cache(rows, capacity, self.model.dtype, self.model.device)
+
+    def free(self) -> None:
+        self.layers.clear()
 
     def caches(self, pages: Sequence[Pages], segments: Sequence[Segment]) -> Cache:
         made: dict[int, Any] = {}
@@ -91,9 +101,25 @@ class Runner:
         with torch.compiler.set_stance("force_eager"):
             x_1TD = self.model.hidden(tokens_1T, context)
             ends = np.cumsum([part.end - part.begin for part in work])
+            prompts = [
+                (part.request, part.begin, self._prompt(part, x_1TD[0, end - (part.end - part.begin) : end]))
+                for part, end in zip(work, ends.tolist(), strict=True)
+                if part.request.sampling.prompt_logprobs and part.begin < len(part.request.prompt) - 1
+            ]
             logits_RV = self.model.head(x_1TD[0, self._tensor(ends[drawn] - 1)])
-        sampled = self.sampler.draw(logits_RV, [work[index].request for index in drawn])
-        return Launched([work[index].request for index in drawn], *self._home(sampled))
+        requests = [work[index].request for index in drawn]
+        launched = Launched(requests, self.sampler.draw(logits_RV, requests), prompts)
+        return launched if self.device.type == "cpu" else _home(launched)
+
+    def _prompt(self, part: Work, x_TD: Tensor) -> Sampled:
+        """Of each token of a prompt after its first, a few at a time: there are never scores of many at once."""
+        prompt, most = part.request.prompt, part.request.sampling.logprobs or 0
+        targets_T = self._tensor(np.array(prompt[part.begin + 1 : part.end + 1]))
+        pieces = []
+        for x_CD, targets_C in zip(x_TD[: len(targets_T)].split(PIECE), targets_T.split(PIECE), strict=True):
+            logits_CV = self.model.head(x_CD).float()
+            pieces.append(described(logits_CV, targets_C, most))
+        return pieces[0] if len(pieces) == 1 else Sampled.cat(pieces)
 
     def _batch(self, work: Sequence[Work]) -> tuple[Tensor, AttentionContext]:
         lengths = np.array([part.end for part in work])
@@ -152,10 +178,11 @@ class Runner:
         host = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
-    def _home(self, sampled: Sampled) -> tuple[Sampled, Any]:
-        if self.device.type == "cpu":
-            return sampled, None
-        home = sampled.to_host()
-        event = torch.cuda.Event()
-        event.record()
-        return home, event
+
+def _home(launched: Launched) -> Launched:
+    """The same in the host's memory, once it has `arrived`."""
+    prompts = [(request, begin, sampled.to_host()) for request, begin, sampled in launched.prompts]
+    sampled = launched.sampled.to_host()
+    event = torch.cuda.Event()
+    event.record()
+    return Launched(launched.requests, sampled, prompts, event)

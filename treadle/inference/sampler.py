@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from treadle.inference.request import Request, Sampling
+from treadle.inference.request import Logprob, Request, Sampling
 
 NEVER = float("-inf")
 
@@ -29,6 +29,19 @@ class Sampled:
     top_RN: Tensor | None = None
     top_logprobs_RN: Tensor | None = None
 
+    @classmethod
+    def cat(cls, parts: "Sequence[Sampled]") -> "Sampled":
+        """One after the other; all have as many of the likeliest."""
+        columns = [[getattr(part, f.name) for part in parts] for f in fields(cls)]
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+    def token(self, row: int, most: int | None) -> Logprob:
+        """Of one row, with the `most` likeliest."""
+        top: dict[int, float] = {}
+        if most and self.top_RN is not None and self.top_logprobs_RN is not None:
+            top = dict(zip(self.top_RN[row, :most].tolist(), self.top_logprobs_RN[row, :most].tolist(), strict=True))
+        return Logprob(int(self.tokens_R[row]), float(self.logprobs_R[row]), top)
+
     def to_host(self) -> "Sampled":
         """Copies in pinned memory, on their way."""
 
@@ -38,6 +51,16 @@ class Sampled:
             return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
         return Sampled(*(copy(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+
+
+def described(logits_RV: Tensor, tokens_R: Tensor, most: int) -> Sampled:
+    """What the model thinks of tokens, and of the `most` likeliest.  logits_RV: float32."""
+    norm_R1 = logits_RV.logsumexp(-1, keepdim=True)
+    logprobs_R = (logits_RV.gather(1, tokens_R[:, None]) - norm_R1)[:, 0]
+    if not most:
+        return Sampled(tokens_R, logprobs_R)
+    top = logits_RV.topk(min(most, logits_RV.shape[-1]), dim=-1)
+    return Sampled(tokens_R, logprobs_R, top.indices, top.values - norm_R1)
 
 
 class Sampler:
@@ -55,20 +78,14 @@ class Sampler:
         """The next token of each request.  logits_RV: any float dtype; not changed."""
         logits_RV = logits_RV.float()
         slots_R = self._tensor([request.place for request in requests], torch.int64)
-        norm_R1 = logits_RV.logsumexp(-1, keepdim=True)
         asked = [request.sampling for request in requests]
         scores_RV = self._shifted(logits_RV, requests, slots_R)
         tokens_R = self._choose(scores_RV, requests, asked)
-        logprobs_R = (logits_RV.gather(1, tokens_R[:, None]) - norm_R1)[:, 0]
         self.latest_S[slots_R] = tokens_R
         if self._counts_SV is not None and self._seen_SV is not None:
             self._counts_SV[slots_R, tokens_R] += 1
             self._seen_SV[slots_R, tokens_R] = True
-        most = max((sampling.logprobs or 0 for sampling in asked), default=0)
-        if not most:
-            return Sampled(tokens_R, logprobs_R)
-        top = logits_RV.topk(min(most, self.vocabulary), dim=-1)
-        return Sampled(tokens_R, logprobs_R, top.indices, top.values - norm_R1)
+        return described(logits_RV, tokens_R, max((sampling.logprobs or 0 for sampling in asked), default=0))
 
     def _choose(self, scores_RV: Tensor, requests: Sequence[Request], asked: Sequence[Sampling]) -> Tensor:
         if all(sampling.temperature == 0 for sampling in asked):

@@ -115,3 +115,37 @@ def test_pages_are_preempted_and_prompts_do_not_starve_others() -> None:
         if first.status is Status.FINISHED:
             break
     assert first.outputs == alone(model, [1, 2, 3], 10)
+
+
+def test_scores_are_those_of_the_whole_text_however_it_is_cut() -> None:
+    model = MODELS["windows"]
+    texts = [[(7 * i + k) % VOCABULARY for i in range(40 + k)] for k in range(3)]
+    engine = Engine(model, EngineConfig(budget=13, page=4, slots=2, cache_tokens=90))
+    engine.generate(texts, Sampling(max_tokens=3, temperature=0))  # so that beginnings are known
+    for text, scores in zip(texts, engine.score(texts), strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([text]))[0, :-1].log_softmax(-1)
+        assert scores == pytest.approx(expected.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist(), abs=1e-5)
+
+
+def test_other_weights_give_other_texts_and_sleep_gives_memory_back() -> None:
+    model, other = tiny("attention"), MODELS["windows"]
+    engine = Engine(model, EngineConfig(page=4, slots=2, cache_tokens=90))
+    prompt, greedy = list(range(12)), Sampling(max_tokens=5, temperature=0)
+    assert engine.generate([prompt], greedy)[0].outputs == alone(model, prompt, 5)
+    changed = {name: torch.randn_like(p) for name, p in model.named_parameters() if "qkv" in name}
+    request = engine.add(prompt, greedy)
+    with pytest.raises(ValueError, match="requests are running"):
+        engine.update_weights(changed)
+    engine.abort(request)
+    while engine.busy:
+        engine.step()
+    engine.update_weights(changed)
+    engine.sleep()
+    assert not engine.runner.storage.layers
+    engine.wake()
+    (done,) = engine.generate([prompt], greedy)
+    assert done.cached == 0
+    assert done.outputs == alone(model, prompt, 5)
+    with pytest.raises(ValueError, match=r"no weights layers\.2"):
+        engine.update_weights(dict(other.named_parameters()))
