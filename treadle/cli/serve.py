@@ -100,19 +100,24 @@ def _listen(
         serving: Serving
 
         def handle_exit(self, sig: int, frame: Any) -> None:
+            # Unlike uvicorn's own, it does not die of the signal in the end: it has done what it was asked to.
             self.serving.draining = True
-            super().handle_exit(sig, frame)
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            where = "http://{}:{}".format(*self.servers[0].sockets[0].getsockname()[:2])
+            told = f"serving {name} at {where}/v1 ({self.serving.max_length:,} tokens a request); Ctrl-C to stop"
+            typer.echo(told)
 
     async def run() -> None:
         typer.echo(f"loading {name} ...")
         length = await engine.start()
         serving = Serving(name, engine, tokenizer, chat, length, key, waiting)
-        options = uvicorn.Config(make_app(serving), *address, log_level="warning", timeout_graceful_shutdown=600)
-        server = Server(options)
+        options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 600}
+        server = Server(uvicorn.Config(make_app(serving), *address, **options))
         server.serving = serving
-        listener = options.bind_socket()
-        where = "http://{}:{}".format(*listener.getsockname()[:2])
-        typer.echo(f"serving {name} at {where}/v1 ({length:,} tokens a request); Ctrl-C to stop")
-        await server.serve([listener])
+        await server.serve()
 
     asyncio.run(run())

@@ -10,8 +10,6 @@ from treadle.data.tokenizer import Tokenizer
 from treadle.errors import ConfigError
 from treadle.inference.request import Logprob, Sampling
 
-TokenLists = list[int] | list[list[int]]
-
 
 class Body(BaseModel):
     """What both kinds of requests share. Keys that are not here are refused; those marked so are unused."""
@@ -57,15 +55,17 @@ class Body(BaseModel):
 
 
 class CompletionBody(Body):
-    prompt: str | list[str] | TokenLists
+    prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=128)
 
     def prompts(self, tokenizer: Tokenizer | None) -> list[list[int]]:
-        """The prompts as token ids. Raises ConfigError for text where there is no tokenizer."""
+        """The prompts as token ids. Raises ConfigError for none, and for text where there is no tokenizer."""
         given: Any = self.prompt
+        if given == []:
+            raise ConfigError("prompt: the list is empty; give a text, token ids, or a list of such")
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
         return [encode(tokenizer, each) if isinstance(each, str) else list(each) for each in given]
@@ -99,8 +99,13 @@ def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
     return key, f"{key}: {first['msg']}{given}"
 
 
+def bytes_of(tokenizer: Tokenizer | None, token: int) -> bytes:
+    """A token's text; nothing where it has none, as those that only fill up a model's vocabulary."""
+    return b"" if tokenizer is None or token >= tokenizer.vocab_size else tokenizer.token(token)
+
+
 def text_of(tokenizer: Tokenizer | None, token: int) -> str:
-    return f"token_id:{token}" if tokenizer is None else tokenizer.token(token).decode(errors="replace")
+    return bytes_of(tokenizer, token).decode(errors="replace") or f"token_id:{token}"
 
 
 def completion_logprobs(tokenizer: Tokenizer | None, found: Sequence[Logprob | None], tokens: Sequence[int]) -> Any:
@@ -125,8 +130,7 @@ def chat_logprobs(tokenizer: Tokenizer | None, found: Sequence[Logprob]) -> Any:
     """Of a chat's answer: an entry for each token."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        data = b"" if tokenizer is None else tokenizer.token(token)
-        return {"token": text_of(tokenizer, token), "logprob": logprob, "bytes": list(data)}
+        return {"token": text_of(tokenizer, token), "logprob": logprob, "bytes": list(bytes_of(tokenizer, token))}
 
     return {
         "content": [
