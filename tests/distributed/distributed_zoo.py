@@ -117,6 +117,16 @@ MODELS: dict[str, TransformerConfig] = {
         multi_token={"kind": "sequential", "depth": 2, "weight": 0.3},
     ),
     "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
+    # Heads of 64, which the kernels of a GPU take.
+    "gpu": spec([layer(feedforward={"kind": "gated", "dim": 512}, repeat=4)], dim=256, max_length=256),
+    "gpu-latent": spec(
+        [layer({**LATENT, "heads": 4, "kv_rank": 64, "nope_dim": 32, "rope_dim": 32, "value_dim": 64})],
+        dim=256,
+        max_length=256,
+    ),
+    "gpu-moe": spec(
+        [layer(feedforward={**MOE, "experts": 4, "dim": 128, "balance_loss": 0.0})], dim=256, max_length=256
+    ),
 }
 
 
@@ -132,7 +142,7 @@ class Unended(TokenDataset):
         return last == EOS
 
 
-def loader(mesh: Mesh, batch_size: int = ROWS, seed: int = 2) -> Loader:
+def loader(mesh: Mesh, batch_size: int = ROWS, seed: int = 2, length: int = LENGTH) -> Loader:
     """Documents much shorter than a row, so that ranks have different numbers of targets."""
     generator = np.random.default_rng(seed)
     texts = [
@@ -144,7 +154,7 @@ def loader(mesh: Mesh, batch_size: int = ROWS, seed: int = 2) -> Loader:
     part = Part("memory", np.concatenate(texts).astype(np.uint16), offsets)
     data = Unended("memory", [part], fingerprint="memory", vocab_size=VOCABULARY)
     return Loader(
-        [data], sequence_length=LENGTH, batch_size=batch_size, seed=seed, rank=mesh.data_rank, world=mesh.data_size
+        [data], sequence_length=length, batch_size=batch_size, seed=seed, rank=mesh.data_rank, world=mesh.data_size
     )
 
 
@@ -157,7 +167,7 @@ def step_of(
     parts = parts_of(built)
     initial = {n: whole(p, parts.get(n, ())) for n, p in built.named_parameters()}
     vary(built)
-    batches = loader(mesh).micro_batches(0, rows)
+    batches = loader(mesh, length=config.sequence_length).micro_batches(0, rows)
     result = forward_backward(built, batches, partial(cross_entropy, z_loss=1e-3), mesh=mesh)
     norm = gradient_norm(own_parameters(built), mesh)
     gradients = {n: whole(p.grad, parts.get(n, ())) for n, p in built.named_parameters() if p.grad is not None}
@@ -167,7 +177,7 @@ def step_of(
         "here": sum(own_part(batch, mesh, "cpu").valid_tokens for batch in batches),
         "norm": norm.item(),
         "metrics": {name: value.item() for name, value in result.metrics.items()},
-        "loads": {name: load.counts_E for name, load in result.loads.items()},
+        "loads": {name: load.counts_E.cpu() for name, load in result.loads.items()},
         "gradients": gradients,
         "initial": initial,
     }
@@ -185,7 +195,7 @@ def vary(model: torch.nn.Module) -> None:
 
 
 def whole(tensor: Tensor, parts: Parts = ()) -> Tensor:
-    return gather(tensor.detach(), parts).clone()
+    return gather(tensor.detach(), parts).cpu().clone()
 
 
 def step_on_ranks(model: str, rows: int, options: dict[str, Any], sizes: dict[str, Any], **changes: Any) -> Any:

@@ -90,13 +90,13 @@ def _rank(
 
 
 @contextmanager
-def meshed(**sizes: Any) -> Iterator[Any]:
+def meshed(device: str = "cpu", **sizes: Any) -> Iterator[Any]:
     """The mesh of a rank, of these sizes (`shard` takes what is left)."""
     from treadle.parallel.config import ParallelConfig
     from treadle.parallel.mesh import World, open_mesh
 
     layout = ParallelConfig(**sizes).layout(World.here().size)
-    with open_mesh(layout, torch.device("cpu"), timeout=timedelta(seconds=SECONDS).total_seconds()) as mesh:
+    with open_mesh(layout, torch.device(device), timeout=timedelta(seconds=SECONDS).total_seconds()) as mesh:
         yield mesh
 
 
