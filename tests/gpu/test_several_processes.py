@@ -4,6 +4,7 @@ NCCL refuses two processes of one machine on the same GPU. Told that each is a m
 talks through sockets: the same operations and streams at another speed. Nothing here says how fast anything is.
 """
 
+import faulthandler
 import json
 import os
 from functools import cache
@@ -20,7 +21,7 @@ from treadle.parallel.config import ParallelConfig
 from treadle.parallel.mesh import Mesh
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-DEVICE = "cuda"
+DEVICE, SECONDS = "cuda", 100.0
 
 # model, ranks, sizes, further keys of `parallel`, rows at a time, changes to the training section
 BF16, COMPILED = {"precision": "bf16"}, {"precision": "bf16", "compile": True}
@@ -52,7 +53,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], int, dict[str, 
 
 
 def be_a_machine() -> None:
-    """With one GPU and one process."""
+    """With one GPU and one process. What hangs says where."""
+    faulthandler.dump_traceback_later(SECONDS - 10)
     alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     talk = {"NCCL_HOSTID": f"machine-{os.environ['RANK']}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     shared = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
@@ -76,7 +78,7 @@ def exact(model: str) -> dict[str, Any]:
 def test_one_step_is_that_of_one_process(case: str) -> None:
     model, ranks, sizes, options, rows, changes = CASES[case]
     expected = exact(model)
-    steps = run(step, ranks, model, rows, sizes, options, {"sequence_length": 128, **changes}, seconds=150)
+    steps = run(step, ranks, model, rows, sizes, options, {"sequence_length": 128, **changes}, seconds=SECONDS)
     limit, worst = (3e-2, 0.0) if "precision" in changes else (2e-5, 0.0)
     for found in steps:
         assert found["tokens"] == expected["tokens"]
@@ -100,9 +102,9 @@ def trained(*arguments: Any) -> None:
 def test_a_recipe_stops_and_goes_on_in_another_layout(workplace: Path) -> None:  # noqa: F811
     """Training, evaluation, samples and checkpoints, with the losses of one process on the CPU."""
     keys = [f"device={DEVICE}"]
-    run(trained, 2, workplace, "gpu", [*keys, "parallel.tensor=2"], False, (1, 3), seconds=100)
+    run(trained, 2, workplace, "gpu", [*keys, "parallel.tensor=2"], False, (1, 3), seconds=SECONDS)
     assert json.loads((workplace / "gpu/status.json").read_text())["state"] == "interrupted"
-    run(trained, 2, workplace, "gpu", [*keys, "parallel.pipeline=2", "parallel.tensor=1"], True, seconds=100)
+    run(trained, 2, workplace, "gpu", [*keys, "parallel.pipeline=2", "parallel.tensor=1"], True, seconds=SECONDS)
     assert [r["step"] for r in records(workplace / "gpu")] == [*range(1, STEPS + 1)]
     for kind, key in (("train", "loss"), ("evaluate", "bits_per_byte")):
         for mine, right in zip(records(workplace / "gpu", kind), records(workplace / "one", kind), strict=True):
