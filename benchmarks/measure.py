@@ -97,7 +97,7 @@ def measure(
 ) -> dict[str, Any]:
     """What a run of `config.training.steps` steps finds; the first `warmup` of them are not timed.
 
-    profile: trace two more steps, for the share of the time in which a process computes nothing; `show` prints what it
+    profile: trace one more step, for the share of the time in which a process computes nothing; `show` prints what it
     computes. Raises ConfigError for what does not fit together.
     """
     training, device, began = config.training, mesh.device, time.perf_counter()
@@ -113,10 +113,10 @@ def measure(
     peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
     idle = 0.0
     if profile:
-        events = trace(loop, list(random_batches(config, mesh, 2, document=document, skew=skew)))
+        events = trace(loop, list(random_batches(config, mesh, 1, document=document, skew=skew)))
         idle = idle_share(events)
         if show:
-            print_kernels(events, 2)
+            print_kernels(events)
     idles, allocated, reserved = (everywhere(mesh, value) for value in (idle, *peaks))
     seconds, whole = statistics.median(clock.seconds), build_meta(config.model)
     flops, peak = training_flops(whole, document or length) * rows * length, peak_flops(device)
@@ -151,7 +151,7 @@ def everywhere(mesh: Mesh, value: float) -> list[float]:
 
 
 def trace(loop: Loop, batches: list[list[Batch]]) -> list[dict[str, Any]]:
-    """What computes or sends in further steps: kernels on a GPU, PyTorch's operations on a CPU; ts and dur in us."""
+    """What computes or sends in these further steps: kernels on a GPU, PyTorch's operations on a CPU; ts and dur in us."""
     cuda = loop.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     loop.config = loop.config.model_copy(update={"steps": loop.state.step + len(batches)})
@@ -166,8 +166,10 @@ def trace(loop: Loop, batches: list[list[Batch]]) -> list[dict[str, Any]]:
 
 def idle_share(events: list[dict[str, Any]]) -> float:
     """The share of the time, from the first event to the last, in which nothing is computed: what is sent and waited
-    for is no computation.
+    for is no computation. NaN without events.
     """
+    if not events:
+        return float("nan")
     found = sorted((event["ts"], event["ts"] + event["dur"], event["name"]) for event in events)
     begin, end = found[0][0], max(stop for _, stop, _ in found)
     busy, until = 0.0, begin
@@ -178,11 +180,11 @@ def idle_share(events: list[dict[str, Any]]) -> float:
     return 1 - busy / (end - begin)
 
 
-def print_kernels(events: list[dict[str, Any]], steps: int) -> None:
-    """Those that take the most time, in all of a step."""
+def print_kernels(events: list[dict[str, Any]]) -> None:
+    """Those that take the most time."""
     spent: dict[str, list[float]] = {}
     for event in events:
-        spent.setdefault(event["name"], []).append(event["dur"] / 1e3 / steps)
-    print(f"{sum(map(sum, spent.values())):.1f} ms a step")
+        spent.setdefault(event["name"], []).append(event["dur"] / 1e3)
+    print(f"{sum(map(sum, spent.values())):.1f} ms")
     for name, each in sorted(spent.items(), key=lambda item: -sum(item[1]))[:30]:
-        print(f"{sum(each):8.2f} ms {len(each) // steps:5d} x  {name[:110]}")
+        print(f"{sum(each):8.2f} ms {len(each):5d} x  {name[:110]}")

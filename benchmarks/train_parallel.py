@@ -46,7 +46,7 @@ class Shape:
     length: int
     rows: int
     recompute: str = "none"
-    steps: tuple[int, int] = (3, 5)  # not timed, timed
+    steps: tuple[int, int] = (2, 4)  # not timed, timed
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny models on CPUs")
     parser.add_argument("--json", type=Path, help="append results to this file, and leave out what is in it")
     parser.add_argument("--logs", type=Path, default=Path("runs/train_parallel"), help="what processes print")
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for each layout")
+    parser.add_argument("--timeout", type=float, default=200.0, help="seconds for each layout")
     parser.add_argument("--seconds", type=float, default=570.0, help="start nothing that might end after so many")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)

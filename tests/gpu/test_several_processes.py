@@ -1,7 +1,8 @@
-"""Several processes that share one GPU, against one process: what their streams, NCCL and symmetric memory make of it.
+"""Several processes on GPUs, against one process: what their streams, NCCL and symmetric memory make of it.
 
-NCCL refuses two processes of one machine on the same GPU. Told that each is a machine of its own, it takes them, and
-talks through sockets: the same operations and streams at another speed. Nothing here says how fast anything is.
+Each has a GPU of its own where there are enough. Else they share one, which NCCL refuses to processes of one machine.
+Told that each is a machine by itself, it takes them, and talks through sockets: the same operations and streams at
+another speed. Nothing here says how fast anything is.
 """
 
 import faulthandler
@@ -52,20 +53,22 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], int, dict[str, 
 }
 
 
-def be_a_machine() -> None:
-    """With one GPU and one process. What hangs says where."""
+def take_gpu() -> str:
+    """The device of this rank. What hangs says where."""
     faulthandler.dump_traceback_later(SECONDS - 10)
-    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    talk = {"NCCL_HOSTID": f"machine-{os.environ['RANK']}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-    shared = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    os.environ.update(alone | talk | shared)
-    if DEVICE == "cuda":
-        torch.cuda.set_device(0)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if torch.cuda.device_count() < ranks:
+        alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        talk = {"NCCL_HOSTID": f"machine-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+        shared = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+        os.environ.update(alone | talk | shared)
+        rank = 0
+    torch.cuda.set_device(rank)
+    return f"cuda:{rank}"
 
 
 def step(model: str, rows: int, sizes: dict[str, Any], options: dict[str, Any], changes: dict[str, Any]) -> Any:
-    be_a_machine()
-    with meshed(DEVICE, **sizes) as mesh:
+    with meshed(take_gpu(), **sizes) as mesh:
         return step_of(model, mesh, rows, ParallelConfig(**options), **changes)
 
 
@@ -95,7 +98,7 @@ def test_one_step_is_that_of_one_process(case: str) -> None:
 
 
 def trained(*arguments: Any) -> None:
-    be_a_machine()
+    take_gpu()
     train(*arguments)
 
 
