@@ -108,7 +108,8 @@ def measure(
     clock = Clock(warmup)
     loop = Loop(state, training, ConstantConfig(warmup=warmup), cross_entropy, [clock], mesh=mesh)
     loop.run(random_batches(config, mesh, training.steps, document=document, skew=skew))
-    phases = loop.watch.read()
+    phases, seconds, losses = loop.watch.read(), statistics.median(clock.seconds), clock.losses.copy()
+    spread = (max(clock.seconds) - min(clock.seconds)) / seconds
     cuda = device.type == "cuda"
     peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
     idle = 0.0
@@ -118,7 +119,7 @@ def measure(
         if show:
             print_kernels(events)
     idles, allocated, reserved = (everywhere(mesh, value) for value in (idle, *peaks))
-    seconds, whole = statistics.median(clock.seconds), build_meta(config.model)
+    whole = build_meta(config.model)
     flops, peak = training_flops(whole, document or length) * rows * length, peak_flops(device)
     return {
         "batch": rows,
@@ -127,13 +128,13 @@ def measure(
         "parameters": parameter_count(whole),
         "gpus": mesh.world.size,
         "tokens_per_second": rows * length / seconds,
-        "spread": (max(clock.seconds) - min(clock.seconds)) / seconds,
+        "spread": spread,
         "peak_gib": max(allocated) / 2**30 if cuda else None,
         "reserved_gib": max(reserved) / 2**30 if cuda else None,
         "mfu": flops / seconds / peak / mesh.world.size if peak else None,
         "idle": idles if profile else None,
         "phases_ms": {name: 1e3 * spent / steps for name, spent in phases.items()},
-        "losses": clock.losses,
+        "losses": losses,
         "total_seconds": time.perf_counter() - began,
         "device": device_name(device),
         "torch": torch.__version__,
@@ -151,7 +152,7 @@ def everywhere(mesh: Mesh, value: float) -> list[float]:
 
 
 def trace(loop: Loop, batches: list[list[Batch]]) -> list[dict[str, Any]]:
-    """What computes or sends in these further steps: kernels on a GPU, PyTorch's operations on a CPU; ts and dur in us."""
+    """What computes or sends in further steps: kernels on a GPU, PyTorch's operations on a CPU. ts and dur in us."""
     cuda = loop.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     loop.config = loop.config.model_copy(update={"steps": loop.state.step + len(batches)})

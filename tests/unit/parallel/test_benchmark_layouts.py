@@ -1,4 +1,4 @@
-"""The benchmark of layouts, as far as one process can tell: sizes that fit, the same tokens for all, what idle means."""
+"""The benchmark of layouts, as far as one process can tell: sizes fit, all read the same tokens, what idle means."""
 
 import pytest
 import torch
