@@ -1,4 +1,4 @@
-"""What activations are kept for the backward, where. The rest is recomputed (Chen et al. 2016, arXiv:1604.06174)."""
+"""Activations: what is kept for the backward, where. The rest is recomputed (Chen et al. 2016, arXiv:1604.06174)."""
 
 from collections.abc import Callable
 from functools import partial
