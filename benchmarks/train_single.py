@@ -75,13 +75,14 @@ def measure(
     device = find_device("auto")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    built = build_model(config.model, config.training, seed=0, mesh=Mesh(device=device))
+    mesh = Mesh(device=device)
+    built = build_model(config.model, config.training, seed=0, mesh=mesh)
     state = build_state(built, AdamWConfig(lr=1e-4), config.training)
     clock = Clock(warmup)
     rows, length = config.training.batch_size, config.training.sequence_length
     batches = random_batches(rows, length, config.model.vocab_size, steps + warmup, document=document)
     start = time.perf_counter()
-    loop = Loop(state, config.training, ConstantConfig(warmup=warmup), cross_entropy, [clock])
+    loop = Loop(state, config.training, ConstantConfig(warmup=warmup), cross_entropy, [clock], mesh=mesh)
     loop.run(batches)
     phases = loop.watch.read()
     if profile:
