@@ -99,6 +99,12 @@ MODELS: dict[str, TransformerConfig] = {
         position={"kind": "learned"},
     ),
     "even": spec([layer(feedforward={**MOE, "balance_loss": 0.0})]),
+    "sixteen": spec(  # halves of matrices are multiples of 16
+        [
+            layer({**ATTENTION, "bias": True, "output_bias": True}, {**DENSE, "dim": 64}, 1),
+            layer(feedforward={**GATED, "dim": 64}, repeat=1),
+        ]
+    ),
     "deep": spec([layer(repeat=5)]),
     "deeper": spec([layer(repeat=9)]),
     "deep-tied": spec([layer(repeat=5)], tied=True),

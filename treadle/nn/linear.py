@@ -33,7 +33,11 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """The arithmetic alone, of whatever part of x and the weight is here."""
+        return F.linear(x, weight_OI, bias_O)
 
     def extra_repr(self) -> str:
         parts = f", parts={self.parts}" if self.parts else ""

@@ -10,6 +10,7 @@ operation on symmetric memory, which moves the next tokens while it multiplies t
 B batch, S sequence, I inputs, O outputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, autograd
 _gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
 _scatter: Any = getattr(funcol, "reduce_scatter_single_autograd", None) or funcol.reduce_scatter_tensor_autograd
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x, weight and bias, as F.linear
 SEQUENCE = 1  # the dimension of x_BSD that is cut
 FUSED = ("symm_mem::fused_all_gather_matmul", "symm_mem::fused_matmul_reduce_scatter")
 
@@ -76,20 +78,24 @@ def leave(x_BSO: Tensor, peers: Peers) -> Tensor:
     return funcol.wait_tensor(funcol.all_reduce(x_BSO.contiguous(), "sum", peers.name))
 
 
-def gather_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, peers: Peers) -> Tensor:
-    """`enter`, then a matmul with this process's columns."""
+def gather_linear(
+    x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, peers: Peers, product: Product = F.linear
+) -> Tensor:
+    """`enter`, then a matmul with this process's columns: `product`, where it is not fused."""
     if not (peers.asynchronous and peers.cut):
-        return F.linear(enter(x_BSI, peers), weight_OI, bias_O)
+        return product(enter(x_BSI, peers), weight_OI, bias_O)
     y_BSO = _GatherLinear.apply(x_BSI.transpose(0, 1), weight_OI, peers.name).transpose(0, 1)
     return y_BSO if bias_O is None else y_BSO + bias_O
 
 
-def linear_scatter(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, peers: Peers) -> Tensor:
+def linear_scatter(
+    x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, peers: Peers, product: Product = F.linear
+) -> Tensor:
     """A matmul with this process's rows, then `leave`. The bias is added to the sum."""
     if peers.asynchronous and peers.cut:
         y_BSO = _LinearScatter.apply(x_BSI.transpose(0, 1), weight_OI, peers.name).transpose(0, 1)
     else:
-        y_BSO = leave(F.linear(x_BSI, weight_OI), peers)
+        y_BSO = leave(product(x_BSI, weight_OI, None), peers)
     return y_BSO if bias_O is None else y_BSO + bias_O
 
 

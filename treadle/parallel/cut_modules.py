@@ -20,6 +20,7 @@ from treadle.parallel.collectives import (
     Copied,
     Gathered,
     Peers,
+    Product,
     enter,
     gather_linear,
     leave,
@@ -54,15 +55,19 @@ def block_form(*, enters: bool, leaves: bool) -> type | None:
 
 
 class EntryLinear(Cut):
+    product: Product
+
     def forward(self, x_BSI: Tensor) -> Tensor:
         weight_OI, bias_O = _cast(self, x_BSI)
-        return gather_linear(x_BSI, weight_OI, bias_O, self.peers)
+        return gather_linear(x_BSI, weight_OI, bias_O, self.peers, self.product)
 
 
 class ExitLinear(Cut):
+    product: Product
+
     def forward(self, x_BSI: Tensor) -> Tensor:
         weight_OI, bias_O = _cast(self, x_BSI)
-        return linear_scatter(x_BSI, weight_OI, bias_O, self.peers)
+        return linear_scatter(x_BSI, weight_OI, bias_O, self.peers, self.product)
 
 
 def _cast(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
