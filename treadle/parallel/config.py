@@ -148,12 +148,6 @@ def _problems(
         yield "training.batch_size", message
     elif layout.pipeline > 1:
         yield from _pipeline_problems(config, len(model.expand()), batch_size // layout.data, rows)
-    if layout.pipeline > 1 and config.schedule in ZERO_BUBBLE:
-        # Their linear layers add to a weight's gradient by themselves, and know nothing of parts of weights.
-        for key in ("tensor", "expert"):
-            if getattr(layout, key) > 1:
-                message = f"{config.schedule} does not go together with parallel.{key}={getattr(layout, key)}"
-                yield "parallel.schedule", f"{message}; try 1f1b or interleaved_1f1b, or set {key} to 1"
     if config.cpu_offload and layout.world == 1:
         yield "parallel.cpu_offload", "it needs at least two processes"
 
@@ -191,11 +185,6 @@ def context_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple
     """(key, message) for each reason why rows of this model cannot be cut over ranks like this."""
     if layout.context == 1:
         return
-    if layout.pipeline > 1:
-        message = (
-            f"{layout.context} does not go together with parallel.pipeline={layout.pipeline}; set one of them to 1"
-        )
-        yield "parallel.context", message
     for kind in sorted({_kind(layer) for layer in _layers(model) if not _in_parts(layer)}):
         yield "parallel.context", f"{layout.context}, but {kind} needs whole rows; set it to 1"
     if layout.context_method == "ulysses":
