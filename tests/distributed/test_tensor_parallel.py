@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_zoo import MODELS, assert_same_step, step_of, step_on_ranks, training, vary, whole
+from distributed_zoo import MODELS, Case, alone, assert_same_step, step_of, steps, training, vary, whole
 from harness import meshed, run
 
 from treadle.attention import AttentionContext
@@ -20,32 +20,30 @@ from treadle.parallel.vocabulary import vocabulary_cross_entropy
 from treadle.train import setup
 from treadle.train.setup import build_model
 
-# model, ranks, sizes, rows at a time, changes to the training section
 CASES = {
-    "plain": ("plain", 2, {"tensor": 2}, 4, {}),
-    "tied": ("tied", 2, {"tensor": 2}, 8, {}),
-    "heads": ("heads", 2, {"tensor": 2}, 8, {}),
-    "wide": ("wide", 2, {"tensor": 2}, 8, {}),
-    "latent": ("latent", 2, {"tensor": 2}, 8, {}),
-    "delta": ("delta", 2, {"tensor": 2}, 8, {}),
-    "experts": ("experts", 2, {"tensor": 2}, 4, {}),
-    "further": ("further", 2, {"tensor": 2}, 8, {}),
-    "shared-heads": ("heads", 4, {"tensor": 4}, 8, {}),
-    "shared-wide": ("wide", 4, {"tensor": 4}, 8, {}),
-    "shared-delta": ("grouped_delta", 4, {"tensor": 4}, 8, {}),
-    "sharded": ("experts", 4, {"shard": 2, "tensor": 2}, 2, {}),
-    "copied": ("heads", 4, {"replicate": 2, "tensor": 2}, 2, {}),
-    "recomputed": ("experts", 2, {"tensor": 2}, 8, {"activation_checkpointing": "full"}),
-    "selective": ("heads", 2, {"tensor": 2}, 8, {"activation_checkpointing": "selective"}),
+    "plain": Case("plain", 2, {"tensor": 2}, 4),
+    "tied": Case("tied", 2, {"tensor": 2}, 8),
+    "heads": Case("heads", 2, {"tensor": 2}, 8),
+    "wide": Case("wide", 2, {"tensor": 2}, 8),
+    "latent": Case("latent", 2, {"tensor": 2}, 8),
+    "delta": Case("delta", 2, {"tensor": 2}, 8),
+    "experts": Case("experts", 2, {"tensor": 2}, 4),
+    "further": Case("further", 2, {"tensor": 2}, 8),
+    "shared-heads": Case("heads", 4, {"tensor": 4}, 8),
+    "shared-wide": Case("wide", 4, {"tensor": 4}, 8),
+    "shared-delta": Case("grouped_delta", 4, {"tensor": 4}, 8),
+    "sharded": Case("experts", 4, {"shard": 2, "tensor": 2}, 2),
+    "copied": Case("heads", 4, {"replicate": 2, "tensor": 2}, 2),
+    "recomputed": Case("experts", 2, {"tensor": 2}, 8, training={"activation_checkpointing": "full"}),
+    "selective": Case("heads", 2, {"tensor": 2}, 8, training={"activation_checkpointing": "selective"}),
 }
+found_in = steps(CASES)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_step_is_that_of_one_process(case):
-    model, ranks, sizes, rows, changes = CASES[case]
-    expected = step_of(model, Mesh(), rows, **changes)
-    for step in run(step_on_ranks, ranks, model, rows, {}, sizes):
-        assert_same_step(step, expected)
+@pytest.mark.parametrize("name", CASES)
+def test_one_step_is_that_of_one_process(name):
+    for step in found_in(name):
+        assert_same_step(step, alone(CASES[name].model, CASES[name].rows))
 
 
 def compiled_step(model: str, sizes: dict[str, int], mode: str) -> Any:
