@@ -27,8 +27,9 @@ from treadle.evaluate.perplexity import evaluate_perplexity
 from treadle.inference.generate import stream
 from treadle.parallel import weight_gradients
 from treadle.parallel.config import ParallelConfig
+from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.pipeline import _Stage, balance, pipeline_of
+from treadle.parallel.pipeline import _Stage, balance, own_parameters, pipeline_of
 from treadle.parallel.shards import parts_of
 from treadle.parallel.weight_gradients import DeferringGroupedLinear, DeferringLinear
 from treadle.train import setup
@@ -110,13 +111,23 @@ def test_one_step_is_that_of_one_process(name):
 
 
 @pytest.mark.parametrize(
-    ("model", "schedule", "recompute", "graphs"),
-    [("deep", "1f1b", "none", 1), ("deep", "zbv", "full", 5), ("deep-moe", "zbv", "none", None)],
+    ("model", "schedule", "recompute", "graphs", "ranks", "sizes"),
+    [
+        ("deep", "1f1b", "none", 1, 2, {}),
+        ("deep", "zbv", "full", 5, 2, {}),
+        ("deep-moe", "zbv", "none", None, 2, {}),
+        ("deep-tied", "zbv", "full", 5, 4, {"shard": 2}),
+        ("deep-heads", "zbv", "none", None, 4, {"tensor": 2}),
+    ],
 )
-def test_compiled(model, schedule, recompute, graphs):
-    changes = {"activation_checkpointing": recompute}
-    found = run(compiled, 2, changes, model, 2, {"pipeline": 2, "schedule": schedule}, {"pipeline": 2})
-    assert_same_step(together(found), alone(model, 2))
+def test_compiled(model, schedule, recompute, graphs, ranks, sizes):
+    changes, sizes, rows = (
+        {"activation_checkpointing": recompute},
+        {"pipeline": 2, **sizes},
+        1 if "shard" in sizes else 2,
+    )
+    found = run(compiled, ranks, changes, model, rows, {**sizes, "schedule": schedule}, sizes, seconds=120)
+    assert_same_step(together(found), alone(model, rows))
     for step in found:
         # All layers share what is compiled: the whole of one, or the pieces between matmuls, attention the largest.
         assert graphs in (None, len(step["graphs"]))
@@ -249,6 +260,7 @@ def trained_on_ranks(sizes: dict[str, int], *arguments: Any) -> Any:
         ("deep-further", "muon", 4, "interleaved_1f1b", {}),
         ("deep-tied", "adamw", 4, "1f1b", {"tensor": 2}),
         ("deep-moe", "muon", 4, "1f1b", {"expert": 2}),
+        ("deep-moe", "muon", 4, "1f1b", {"pipeline": 1, "expert": 2, "tensor": 2}),
     ],
 )
 def test_training_clips_and_goes_on_in_one_process(tmp_path, model, optimizer, ranks, schedule, sizes):
@@ -277,36 +289,41 @@ def test_training_clips_and_goes_on_in_one_process(tmp_path, model, optimizer, r
             assert torch.equal(alone_held[name], values), name
 
 
-def generated(mesh: Mesh, parallel: dict[str, Any]) -> Any:
-    """Likeliest tokens after a prompt, and nats of held-out rows in batches of any size."""
-    built = build_model(MODELS["deep-latent"], training(), seed=0, mesh=mesh, parallel=ParallelConfig(**parallel))
+def generated(mesh: Mesh, model: str, parallel: dict[str, Any]) -> Any:
+    """Likeliest tokens after a prompt, nats of held-out rows in batches of any size, and the loss of a step after that:
+    what is sampled first, as by `treadle generate`, must leave nothing behind that cannot be trained with."""
+    built = build_model(MODELS[model], training(), seed=0, mesh=mesh, parallel=ParallelConfig(**parallel))
     pipeline = pipeline_of(built)
-    forward_backward(built, loader(mesh).micro_batches(0, 2), cross_entropy, mesh=mesh)  # FSDP's buffers are made here
     agree = partial(mesh.same, source=0 if pipeline is None else pipeline.end_rank)
     tokens = list(stream(built, [5, 6, 7], max_new_tokens=6, temperature=0.0, samples=2, agree=agree))
     rows = [loader(mesh).samples(first, first + size) for first, size in ((0, 3), (3, 1))]
-    return tokens, evaluate_perplexity(built, rows, 1000, mesh=mesh)
+    score = evaluate_perplexity(built, rows[mesh.data_rank :: mesh.data_size], 1000, mesh=mesh)
+    result = forward_backward(built, loader(mesh).micro_batches(0, 2), cross_entropy, mesh=mesh)
+    return tokens, score, result.loss.item(), gradient_norm(own_parameters(built), mesh).item()
 
 
-def generated_on_ranks(sizes: dict[str, int], schedule: str) -> Any:
+def generated_on_ranks(sizes: dict[str, int], model: str, schedule: str) -> Any:
     with meshed(**sizes) as mesh:
-        return generated(mesh, {**sizes, "schedule": schedule})
+        return generated(mesh, model, {**sizes, "schedule": schedule})
 
 
 @pytest.mark.parametrize(
-    ("ranks", "schedule", "sizes"),
+    ("ranks", "model", "schedule", "sizes"),
     [
-        (2, "1f1b", {}),
-        (2, "zbv", {}),
-        (2, "interleaved_1f1b", {}),
-        (4, "1f1b", {"tensor": 2}),
-        (4, "interleaved_1f1b", {"tensor": 2}),
+        (2, "deep-latent", "1f1b", {}),
+        (2, "deep-latent", "zbv", {}),
+        (2, "deep-latent", "interleaved_1f1b", {}),
+        (4, "deep-latent", "1f1b", {"tensor": 2}),
+        (4, "deep-mla", "interleaved_1f1b", {"tensor": 2}),
+        (4, "deep-mla", "zbv", {"context": 2}),
+        (2, "deep-latent", "1f1b", {"pipeline": 1}),
     ],
 )
-def test_samples_and_evaluation(ranks, schedule, sizes):
-    tokens, score = generated(Mesh(), {})
-    for found, perplexity in run(generated_on_ranks, ranks, {"pipeline": 2, **sizes}, schedule):
+def test_samples_and_evaluation(ranks, model, schedule, sizes):
+    tokens, score, *trained = generated(Mesh(), model, {})
+    for found, perplexity, *numbers in run(generated_on_ranks, ranks, {"pipeline": 2, **sizes}, model, schedule):
         assert found == tokens
+        assert numbers == pytest.approx(trained, abs=2e-6)
         assert perplexity.loss == pytest.approx(score.loss, abs=1e-6)
         assert perplexity.tokens == score.tokens
 

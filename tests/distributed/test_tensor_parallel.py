@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_zoo import MODELS, Case, alone, assert_same_step, step_of, steps, training, vary, whole
+from distributed_zoo import MODELS, Case, alone, assert_same_step, step_of, steps, together, training, vary, whole
 from harness import meshed, run
 
 from treadle.attention import AttentionContext
@@ -70,7 +70,7 @@ def test_compiled_layers_are_whole_graphs(model, ranks, sizes, mode):
         assert graphs == (1 if model == "plain" else 2)
 
 
-def fused_step(model: str, sizes: dict[str, int], changes: dict[str, Any]) -> Any:
+def fused_step(model: str, sizes: dict[str, int], rows: int, schedule: str, changes: dict[str, Any]) -> Any:
     """With PyTorch's own fallbacks in the place of the kernels that CPUs lack, and how often each was called."""
     import torch.distributed._symmetric_memory as memory
 
@@ -91,7 +91,7 @@ def fused_step(model: str, sizes: dict[str, int], changes: dict[str, Any]) -> An
         library.impl(name, counted(name, fallback), "CPU")
     setup.compile_layers = partial(compilation.compile_layers, backend="aot_eager")
     with meshed(**sizes) as mesh:
-        step = step_of(model, mesh, 8, ParallelConfig(async_tensor=True), **changes)
+        step = step_of(model, mesh, rows, ParallelConfig(async_tensor=True, schedule=schedule, **sizes), **changes)
     return step, dict(calls)
 
 
@@ -99,11 +99,20 @@ def fused_step(model: str, sizes: dict[str, int], changes: dict[str, Any]) -> An
 def test_asynchronous_is_fused(changes):
     """Each of two layers has two entries and two exits, and the backward of the one is the other."""
     expected = step_of("plain", Mesh(), 8)
-    for step, calls in run(fused_step, 2, "plain", {"tensor": 2}, changes):
+    for step, calls in run(fused_step, 2, "plain", {"tensor": 2}, 8, "1f1b", changes):
         assert_same_step(step, expected)
         if not changes:
             assert calls == {"fused_all_gather_matmul": 8, "fused_matmul_reduce_scatter": 8}
         assert min(calls["fused_all_gather_matmul"], calls["fused_matmul_reduce_scatter"]) >= 8
+
+
+def test_asynchronous_is_fused_where_gradients_of_weights_wait():
+    """Four micro-batches through five layers of two entries and two exits, on the two processes of each pipeline."""
+    found = run(fused_step, 4, "deep", {"pipeline": 2, "tensor": 2}, 2, "zbv", {"activation_checkpointing": "none"})
+    assert_same_step(together([step for step, _ in found]), alone("deep", 2))
+    for rank in (0, 1):
+        for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+            assert found[rank][1][name] + found[rank + 2][1][name] == 4 * 5 * 4
 
 
 def refused(model: str) -> str:

@@ -161,14 +161,15 @@ def _expert_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple
         yield "parallel.expert", f"{layout.expert}, but no layer of the model has experts; set it to 1"
         return
     shared = layout.shard * layout.context
-    fits = [n for n in range(1, shared + 1) if not any(_expert_misfit(n, shared, *m, model.dim) for m in mixtures)]
-    misfits = [_expert_misfit(layout.expert, shared, *mixture, model.dim) for mixture in mixtures]
+    sizes = (shared, layout.tensor, model.dim)
+    fits = [n for n in range(1, shared + 1) if not any(_expert_misfit(n, *sizes, *mixture) for mixture in mixtures)]
+    misfits = [_expert_misfit(layout.expert, *sizes, *mixture) for mixture in mixtures]
     if any(misfits):
         found = next(filter(None, misfits))
         yield "parallel.expert", f"{found}; try {', '.join(map(str, fits))}"
 
 
-def _expert_misfit(size: int, shared: int, experts: int, inner: int, dim: int) -> str | None:
+def _expert_misfit(size: int, shared: int, tensor: int, dim: int, experts: int, inner: int) -> str | None:
     """Why the experts of one mixture cannot be dealt to groups of `size` out of `shared` processes."""
     if shared % size:
         return f"{size} does not divide shard x context = {shared}"
@@ -176,6 +177,10 @@ def _expert_misfit(size: int, shared: int, experts: int, inner: int, dim: int) -
         return f"{size} does not divide experts={experts}"
     groups, here = shared // size, experts // size
     # Each process holds whole experts, or equally many rows of each: FSDP cuts only a first dimension unequally.
+    if size > 1 and here % groups and tensor > 1:
+        return (
+            f"with {size}, {groups} processes share {here} experts that parallel.tensor={tensor} has cut, not equally"
+        )
     if size > 1 and here % groups and (2 * inner % groups or dim % groups):
         return f"with {size}, {groups} processes share {here} experts of {2 * inner} and {dim} rows, not equally"
     return None

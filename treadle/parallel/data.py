@@ -123,7 +123,7 @@ def reduce_gradients(model: nn.Module) -> None:
 
 
 def without_gradients(model: nn.Module) -> AbstractContextManager[None]:
-    """Inference mode, but for a sharded model: the buffers that its first forward makes are to be trained with later."""
+    """Inference mode, but for a sharded model: buffers that its first forward makes are to be trained with later."""
     return torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode()
 
 

@@ -54,8 +54,9 @@ class Mesh:
     fsdp: what `fully_shard` takes, (replicate, shard x context) or (shard x context); None for a single process.
     batch: everything that a batch is cut over, (replicate x shard x context). pipeline, context, tensor: submeshes,
     None where the size is one. expert: the processes that experts are dealt to, neighbours within shard x context;
-    None without. expert_tensor: both together, None where either is. expert_fsdp: what `fully_shard` takes for experts then, `fsdp` less `expert`. background: the group
-    of saves that go on beside training. patient: that of waits.
+    None without. expert_tensor: (expert, tensor), None where either is. expert_fsdp: what `fully_shard` takes for
+    experts then, `fsdp` less `expert`. background: the group of saves that go on beside training. patient: that of
+    waits.
     """
 
     world: World = World()
