@@ -57,12 +57,24 @@ class Peers:
 def gather(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """The parts of all processes, one after the other. Backward: gradients are summed, each has that of its part."""
     # Waited for at once: an unfinished result must not enter a compiled region (torch 2.13 gets gradients wrong there).
-    return funcol.wait_tensor(_gather(x.contiguous(), dim, peers.name))
+    return _Dense.apply(funcol.wait_tensor(_gather(x.contiguous(), dim, peers.name)))  # type: ignore[no-any-return]
 
 
 def sum_scatter(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """Each process's part of the sum. Backward: gradients are gathered."""
-    return funcol.wait_tensor(_scatter(x.contiguous(), "sum", dim, peers.name))
+    return _Dense.apply(funcol.wait_tensor(_scatter(x.contiguous(), "sum", dim, peers.name)))  # type: ignore[no-any-return]
+
+
+class _Dense(autograd.Function):
+    """x itself. The gradient is laid out without gaps, which what sends it in the backward asks for (torch 2.11)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return grads[0].contiguous()  # type: ignore[no-any-return]
 
 
 def total(x: Tensor, peers: Peers) -> Tensor:
