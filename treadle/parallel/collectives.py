@@ -19,6 +19,8 @@ import torch.distributed._functional_collectives as funcol
 import torch.distributed._symmetric_memory
 from torch import Tensor, autograd
 
+from treadle.attention.context_parallel import arrived
+
 # torch 2.12 has renamed them.
 _gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
 _scatter: Any = getattr(funcol, "reduce_scatter_single_autograd", None) or funcol.reduce_scatter_tensor_autograd
@@ -57,24 +59,12 @@ class Peers:
 def gather(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """The parts of all processes, one after the other. Backward: gradients are summed, each has that of its part."""
     # Waited for at once: an unfinished result must not enter a compiled region (torch 2.13 gets gradients wrong there).
-    return _Dense.apply(funcol.wait_tensor(_gather(x.contiguous(), dim, peers.name)))  # type: ignore[no-any-return]
+    return arrived(_gather(x.contiguous(), dim, peers.name))
 
 
 def sum_scatter(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """Each process's part of the sum. Backward: gradients are gathered."""
-    return _Dense.apply(funcol.wait_tensor(_scatter(x.contiguous(), "sum", dim, peers.name)))  # type: ignore[no-any-return]
-
-
-class _Dense(autograd.Function):
-    """x itself. The gradient is laid out without gaps, which what sends it in the backward asks for (torch 2.11)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        return grads[0].contiguous()  # type: ignore[no-any-return]
+    return arrived(_scatter(x.contiguous(), "sum", dim, peers.name))
 
 
 def total(x: Tensor, peers: Peers) -> Tensor:
