@@ -71,7 +71,9 @@ def gathered(context: AttentionContext, *tensors: Tensor) -> tuple[AttentionCont
 def arrived(started: Tensor) -> Tensor:
     """What a differentiable collective has started, waited for. Its gradient comes without gaps, which what sends it
     back asks for (torch 2.11)."""
-    return _Dense.apply(collectives.wait_tensor(started))  # type: ignore[no-any-return]
+    x = collectives.wait_tensor(started)
+    # A view nowhere else: FSDP warns of a module that returns one.
+    return _Dense.apply(x) if x.requires_grad else x
 
 
 class _Dense(autograd.Function):
