@@ -1,11 +1,13 @@
 """Tiny models and batches that every rank builds alike, and what a step makes of them."""
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from harness import meshed
+from harness import meshed, run
 from torch import Tensor
 
 from treadle.config import resolve
@@ -115,6 +117,19 @@ MODELS: dict[str, TransformerConfig] = {
             layer(feedforward={**MOE, "compute": "loop", "capacity": 1.0}),
         ]
     ),
+    "deep-mla": spec([layer({**LATENT, "q_rank": 16, "heads": 4}, repeat=5)], tied=True),
+    "deep-even": spec(
+        [
+            layer(feedforward={**MOE, "balance_loss": 0.0}),
+            layer(
+                {**LATENT, "heads": 4},
+                {**MOE, "balance_loss": 0.0, "bias": True, "shared": GATED, "shared_gate": True},
+                repeat=3,
+            ),
+        ]
+    ),
+    "deep-heads": spec([layer({**ATTENTION, "kv_heads": 4, "position": {"kind": "alibi"}, "sinks": True}, repeat=5)]),
+    "deep-mqa": spec([layer({**ATTENTION, "kv_heads": 1, "bias": True}, repeat=9)]),
     "deep-latent": spec([layer(LATENT, repeat=1), layer(DELTA, repeat=1), layer({**ATTENTION, "bias": True})]),
     "deep-further": spec(
         [layer(repeat=4)],
@@ -204,9 +219,71 @@ def whole(tensor: Tensor, parts: Parts = ()) -> Tensor:
     return gather(tensor.detach(), parts).cpu().clone()
 
 
+@dataclass(frozen=True)
+class Case:
+    """A step to be made on so many ranks. sizes: of the mesh; what they leave is sharded. rows: of a micro-batch.
+    options: further keys of `parallel`. training: of the training section."""
+
+    model: str
+    ranks: int
+    sizes: dict[str, Any]
+    rows: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def steps(cases: dict[str, Case]) -> Callable[[str], list[dict[str, Any]]]:
+    """What each rank has found, by the name of the case. Those with as many ranks are stepped one after the other by
+    the same processes, when one of them is first asked for: starting processes takes longer than a step."""
+
+    @cache
+    def by_ranks(ranks: int) -> list[Any]:
+        chosen = {name: case for name, case in cases.items() if case.ranks == ranks}
+        return run(_steps, ranks, chosen, seconds=60 + 10 * len(chosen))
+
+    return lambda name: [found[name] for found in by_ranks(cases[name].ranks)]
+
+
+def _steps(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    found = {}
+    with meshed():
+        for name, case in cases.items():
+            try:
+                sizes, options = case.sizes, {**case.sizes, **case.options}
+                found[name] = step_on_ranks(case.model, case.rows, options, sizes, **case.training)
+            except Exception as error:
+                error.add_note(f"in case {name}")
+                raise
+    return found
+
+
+@cache
+def alone(model: str, rows: int) -> dict[str, Any]:
+    """The same step by one process."""
+    return step_of(model, Mesh(), rows)
+
+
 def step_on_ranks(model: str, rows: int, options: dict[str, Any], sizes: dict[str, Any], **changes: Any) -> Any:
     with meshed(**sizes) as mesh:
         return step_of(model, mesh, rows, ParallelConfig(**options), **changes)
+
+
+def together(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the stages hold, as one. What several of them hold must be the same."""
+    whole = {**found[0], "gradients": {}, "initial": {}}
+    for step in found:
+        for part in ("gradients", "initial"):
+            for name, values in step[part].items():
+                assert torch.equal(whole[part].setdefault(name, values), values), name
+        for key in ("loss", "norm", "tokens", "metrics"):
+            assert step[key] == found[0][key], key
+        assert step["loads"].keys() == found[0]["loads"].keys()
+    return whole
+
+
+def without_balance(step: dict[str, Any]) -> dict[str, Any]:
+    """Where rows are cut, balance losses are of each rank's part, as they are of each micro-batch."""
+    return {**step, "metrics": {name: value for name, value in step["metrics"].items() if name != "balance_loss"}}
 
 
 def assert_same_step(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:

@@ -17,6 +17,7 @@ they are. Applied from outside, like all that is parallel, and it goes together 
 N rows (of all leading dimensions), I inputs, O outputs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from treadle.nn.transformer import Transformer
 from treadle.parallel.collectives import Peers
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.weight_gradients import DeferringLinear, WeightGradients, _gradient
+from treadle.parallel.weight_gradients import DeferringLinear, Total, apart
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 UNIT = 16  # the sizes of a matrix have to be multiples of it
@@ -76,22 +77,31 @@ def not_float8_because(device: torch.device) -> str | None:
 class Float8Linear(Linear):
     peers: Peers | None = None  # the processes that share its matrix
 
-    def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        if not _fits(weight_OI):
-            return super().product(x, weight_OI, bias_O)
-        y: Tensor = _Product.apply(x, weight_OI, self.peers and self.peers.name, None)
-        return y if bias_O is None else y + bias_O
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def product(self, x: Tensor, multiply: Callable[..., Tensor] | None = None) -> Tensor:
+        if not _fits(self.weight):
+            return super().product(x)
+        y: Tensor = _Product.apply(x, self.weight.to(x.dtype), self.peers and self.peers.name, None)
+        return y
 
 
 class Float8DeferringLinear(DeferringLinear):
     peers: Peers | None = None
 
     @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, multiply: Callable[..., Tensor] | None = None) -> Tensor:
         if not _fits(self.weight):
-            return super().forward(x)
-        y: Tensor = _Product.apply(x, self.weight, self.peers and self.peers.name, self.queue)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+            return super().product(x)
+        total = Total(self)
+
+        def later(*operands: Any) -> None:
+            self.queue.waiting.append(lambda: total.add(lambda sum_OI: sum_OI.add_(outer_products(*operands))))
+
+        y: Tensor = _Product.apply(x, apart(self.weight), self.peers and self.peers.name, later)
+        return y
 
 
 def _fits(weight: Tensor) -> bool:
@@ -99,17 +109,18 @@ def _fits(weight: Tensor) -> bool:
 
 
 class _Product(autograd.Function):
-    """x W^T, in fp8 as above.  group: processes over which scales are taken. queue: where a weight's gradient waits."""
+    """x W^T, in fp8 as above.  group: processes over which scales are taken. later: takes what a weight's gradient is
+    made of, which is otherwise formed in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, group: Any, queue: WeightGradients | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, group: Any, later: Any) -> Tensor:
         x_NI, narrow_OI = x.flatten(0, -2), weight_OI.to(x.dtype)
         x_scale, weight_scale = scales([x_NI, narrow_OI], FORWARD, group)
         x8_NI, weight8_OI = quantised(x_NI, x_scale, FORWARD), quantised(narrow_OI, weight_scale, FORWARD)
         y_NO = torch._scaled_mm(x8_NI, weight8_OI.t(), x_scale, weight_scale, out_dtype=x.dtype, use_fast_accum=True)
         # Of the weight only its scale is kept: gathered weights are freed after the forward, and come again.
         ctx.save_for_backward(x8_NI, x_scale, weight_OI, weight_scale)
-        ctx.weight, ctx.group, ctx.queue = weight_OI if queue is not None else None, group, queue
+        ctx.group, ctx.later = group, later
         return y_NO.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -125,11 +136,10 @@ class _Product(autograd.Function):
             dx = dx_NI.unflatten(0, dy.shape[:-1])
         if ctx.needs_input_grad[1]:
             operands = (dy8_NO, x8_NI, dy_scale, x_scale, dy.dtype)
-            if ctx.queue is None:
+            if ctx.later is None:
                 dweight_OI = outer_products(*operands)
             else:
-                weight = ctx.weight
-                ctx.queue.waiting.append(lambda: _gradient(weight).add_(outer_products(*operands)))
+                ctx.later(*operands)
         return dx, dweight_OI, None, None
 
 
