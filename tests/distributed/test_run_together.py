@@ -257,9 +257,38 @@ def test_the_command(workplace):
     assert time.monotonic() - began < 15
     assert code == 2
     assert "was killed by SIGKILL" in output
+    assert "treadle train --resume latest" in output
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     steps = [record["step"] for record in records(workplace / "command")]
     assert steps == [*range(1, steps[-1] + 1)], "every step once"
+
+
+STUCK = """
+import hashlib, os
+import torch
+from treadle.train.loop import Loop
+
+step = Loop._step
+
+def stuck(self, batches):
+    if self.state.step == 2 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("the cause")
+    if self.state.step == 2:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)  # a C call that no signal ends, as a wait for NCCL
+    return step(self, batches)
+
+Loop._step = stuck
+"""
+
+
+def test_who_does_not_end_is_not_the_cause(workplace, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "6")  # 30 s in torch 2.11
+    (workplace / "stuck.py").write_text(STUCK)
+    changes = ["folder=cause", "imports=stuck.py", "evaluate=null", "sample=null"]
+    code, output = Command(workplace, "train", "recipe.yaml", *changes, "--nproc", "2").end(90)
+    assert code == 1
+    assert "the cause" in output
+    assert "rank 1 ended first, with exit code 1" in output
 
 
 def test_sizes_are_refused_before_anything_starts(workplace):

@@ -4,7 +4,8 @@ PyTorch has such functions. These differ in three things: the operators below th
 all that is given starts before any of it is waited for, in the backward too; and what comes out of order is moved once,
 or not at all where there is one row. Gradients are made contiguous, which torch 2.11 demands and does not see to.
 
-All are waited for at once: an unfinished result must not enter a compiled region (torch 2.13 gets gradients wrong there).
+All are waited for before they are returned: torch 2.13 gets gradients wrong of unfinished results that enter a compiled
+region.
 """
 
 from collections.abc import Sequence
