@@ -219,10 +219,10 @@ class SavePlanner(DefaultSavePlanner):
         super().__init__()
         self.device = device
 
-    def set_up_planner(self, *args: Any, **options: Any) -> None:
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        super().set_up_planner(*args, **options)
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         found = self.state_dict.get(index.fqn)
