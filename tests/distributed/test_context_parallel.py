@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed._functional_collectives as collectives
+import torch.distributed._functional_collectives as funcol
 from distributed_zoo import (
     MODELS,
     Case,
@@ -231,12 +231,9 @@ def test_mixers_need_whole_rows_unless_they_say_otherwise():
 
 
 def test_names_of_pytorch_that_are_used():
-    """Those of 2.11 or those of 2.13."""
-    for names in (
-        ("all_gather_single_autograd", "all_gather_tensor_autograd"),
-        ("all_gather_single", "all_gather_tensor"),
-        ("all_to_all_single_autograd",),
-        ("wait_tensor",),
-    ):
-        assert any(hasattr(collectives, name) for name in names), names
+    """In 2.11 and in 2.13."""
+    operators = torch.ops._c10d_functional
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "wait_tensor"):
+        assert hasattr(operators, name), name
+    assert callable(funcol.all_to_all_single_autograd)
     assert callable(torch.distributed.distributed_c10d._resolve_process_group)

@@ -33,8 +33,13 @@ def test_what_is_left_is_sharded():
     ("world", "options", "message"),
     [
         (8, {"replicate": 3}, r"replicate=3 x shard=2 is 6, but there are 8 processes; use a multiple of 3"),
-        (8, {"shard": 3}, r"shard=3 is 3, but there are 8 processes; set parallel\.shard: 8 \(or null\)"),
-        (1, {"replicate": 2}, r"replicate=2 is 2, but there are 1 processes"),
+        (8, {"shard": 3}, r"shard=3, but there are 8 processes; set parallel\.shard: 8 \(or null\)"),
+        (1, {"replicate": 2}, r"replicate=2, but this is one process; start 2 with --nproc 2"),
+        (
+            1,
+            {"replicate": 2, "tensor": 2},
+            r"replicate=2 x tensor=2 is 4, but this is one process; start 4 with --nproc 4",
+        ),
         (3, {}, r"training\.batch_size: 8 rows cannot be shared out equally to replicate x shard = 3; try 6, 9"),
         (3, {"tensor": 3}, r"parallel\.tensor: 3 does not divide layers\.0\.mixer\.heads=4; .* fits 1, 2, 4$"),
         (2, {"tensor": 2, "model": "odd"}, r"parallel\.tensor: 2 does not divide vocab_size=61; .* fits 1$"),

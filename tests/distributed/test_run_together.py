@@ -14,10 +14,12 @@ import yaml
 from distributed_zoo import layer
 from harness import RankFailed, run
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from treadle import recipes
 from treadle.config import resolve
 from treadle.errors import TrainingError
+from treadle.parallel.launch import _failure
 from treadle.train.loop import Loop
 
 STEPS = 6
@@ -257,9 +259,28 @@ def test_the_command(workplace):
     assert time.monotonic() - began < 15
     assert code == 2
     assert "was killed by SIGKILL" in output
+    assert "treadle train --resume latest" in output
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     steps = [record["step"] for record in records(workplace / "command")]
     assert steps == [*range(1, steps[-1] + 1)], "every step once"
+
+
+def failed(*failures: tuple[int, float]) -> ChildFailedError:
+    """What the launcher is told: of each rank, exit code and seconds after the first."""
+    found = {}
+    for rank, (code, after) in enumerate(failures):
+        found[rank] = ProcessFailure(rank, 1000 + rank, code, "")
+        found[rank].timestamp = int(1_000_000 + after)
+    return ChildFailedError("treadle", found)
+
+
+def test_who_does_not_end_is_not_the_cause(capsys):
+    """Rank 1 fails; rank 0, in a call that no signal ends, is killed 30 s later. Another time rank 0 is killed first,
+    and is noticed a second after the others have missed it."""
+    late = _failure(failed((-signal.SIGKILL, 30), (1, 0), (-signal.SIGTERM, 0)))
+    assert isinstance(late, SystemExit)
+    assert "rank 1 ended first, with exit code 1" in capsys.readouterr().err
+    assert "rank 0 was killed by SIGKILL" in str(_failure(failed((-signal.SIGKILL, 1), (1, 0))))
 
 
 def test_sizes_are_refused_before_anything_starts(workplace):

@@ -1,5 +1,6 @@
 """Matrices that are cut between processes: loss and every gradient against one process, in fp32."""
 
+import os
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -119,6 +120,46 @@ def refused(model: str) -> str:
     with meshed(tensor=2) as mesh, pytest.raises(ConfigError) as error:
         build_model(MODELS[model], training(), seed=0, mesh=mesh, parallel=ParallelConfig(async_tensor=True))
     return str(error.value)
+
+
+def refused_over_machines() -> str:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    return refused("plain")
+
+
+def test_asynchronous_is_refused_over_machines():
+    for message in run(refused_over_machines, 2):
+        assert "1 processes on a machine cannot be shared out to groups of parallel.tensor=2" in message
+
+
+def loops(x, weights):
+    """Gradients of what is gathered and scattered along any dimension, for weights that do not lie in order."""
+    with meshed(tensor=2) as mesh:
+        assert mesh.tensor is not None
+        peers, found = Peers(mesh.tensor.get_group().group_name, 2, mesh.rank), []
+        for dim in range(x.ndim):
+            for function in (gather, sum_scatter):
+                mine = (x + mesh.rank).requires_grad_()
+                y = function(mine, dim, peers)
+                weight = weights[mesh.rank][[slice(n) for n in y.shape]]
+                y.backward(weight.transpose(0, -1).contiguous().transpose(0, -1))
+                found.append((y.detach(), weight, mine.grad))
+        return found
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gathers_and_sums_along_any_dimension(rows):
+    x, weights = torch.randn(rows * 2, 4, 6, dtype=torch.float64), torch.randn(2, rows * 4, 8, 12, dtype=torch.float64)
+    for dim, (gathered, summed) in enumerate(
+        zip(*[iter(zip(*run(loops, 2, x, weights), strict=True))] * 2, strict=True)
+    ):
+        for rank in (0, 1):
+            y, _, grad = gathered[rank]
+            assert torch.equal(y, torch.cat([x, x + 1], dim))
+            assert torch.allclose(grad, (gathered[0][1] + gathered[1][1]).chunk(2, dim)[rank], rtol=0, atol=1e-12)
+            y, _, grad = summed[rank]
+            assert torch.allclose(y, (2 * x + 1).chunk(2, dim)[rank], rtol=0, atol=1e-12)
+            assert torch.equal(grad, torch.cat([summed[0][1], summed[1][1]], dim))
 
 
 def test_asynchronous_is_refused_where_it_cannot_be():

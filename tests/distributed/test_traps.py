@@ -13,19 +13,21 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from treadle.parallel import compile as module
 from treadle.parallel.config import ParallelConfig
 from treadle.parallel.data import release
-from treadle.parallel.mesh import Mesh
-from treadle.parallel.shards import copy_whole, cut_like, gather, pieces
+from treadle.parallel.mesh import PATIENCE, Mesh, open_mesh
+from treadle.parallel.shards import copy_whole, cut_like, gather, local, pieces
 from treadle.train.forward_backward import forward_backward
 from treadle.train.loop import Callback, Loop
 from treadle.train.losses import cross_entropy
-from treadle.train.optimizers import AdamWConfig
+from treadle.train.optimizers import AdamWConfig, MuonConfig
 from treadle.train.schedules import ConstantConfig
 from treadle.train.setup import build_model, build_state
 
 
 def test_private_names_are_still_there():
     assert callable(DeviceMesh._flatten)
+    assert callable(DeviceMesh._unflatten)
     assert callable(DeviceMesh._concatenate)
+    assert callable(torch.distributed.distributed_c10d._set_pg_timeout)
 
 
 def sums_of_groups_of_one():
@@ -174,6 +176,18 @@ def test_one_process_has_a_mesh_too():
     assert ParallelConfig().layout(1) == mesh.layout
 
 
+def timeouts():
+    with open_mesh(ParallelConfig(tensor=2).layout(4), torch.device("cpu"), timeout=7200.0) as mesh:
+        groups = [mesh.fsdp.get_group(), mesh.tensor.get_group(), mesh.batch.get_group(), mesh.background, mesh.patient]
+        found = [group._get_backend(torch.device("cpu")).options._timeout for group in (None, *groups) if group]
+        return [time.total_seconds() for time in found]
+
+
+def test_every_group_waits_as_long_as_it_is_told():
+    """But for that of waits."""
+    assert run(timeouts, 4) == [[7500.0] * 4 + [PATIENCE.total_seconds()]] * 4
+
+
 def half(model, sizes):
     """Three steps in fp16 with a loss scaler that begins too high."""
     with meshed(**sizes) as mesh:
@@ -200,6 +214,37 @@ def test_a_gradient_that_overflows_is_skipped_by_all():
         assert found_scale < 2.0**24
         assert not all(math.isfinite(norm) for norm in found)
         assert math.isfinite(found[-1])
+
+
+def half_apart(sizes, optimizer, poisoned):
+    """Scale and step after four steps in fp16, of which the second overflows on the last rank, in one parameter."""
+    with meshed(**sizes) as mesh:
+        config = training(precision="fp16")
+        state = build_state(build_model(MODELS["plain"], config, seed=0, mesh=mesh), optimizer, config)
+
+        def poison(name, grad):
+            if poisoned in name and state.step == 1 and mesh.rank == mesh.world.size - 1:
+                local(grad).view(-1)[:1] = math.inf
+
+        for name, parameter in state.model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: poison(name, p.grad))
+        losses = Losses()
+        Loop(state, config, ConstantConfig(), cross_entropy, [losses], mesh=mesh).run(
+            loader(mesh).iterate_micro(8, 0, 4)
+        )
+        return state.scaler.get_scale(), [math.isfinite(norm) for norm in losses.norms]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "optimizer", "poisoned"),
+    [
+        ({"tensor": 2}, AdamWConfig(), "layers.0"),
+        ({"tensor": 2}, MuonConfig(), "layers.0"),
+        ({}, MuonConfig(), "embed"),
+    ],
+)
+def test_a_step_that_overflows_on_one_is_skipped_in_any_layout(sizes, optimizer, poisoned):
+    assert run(half_apart, 2, sizes, optimizer, poisoned) == [(2.0**15, [True, False, True, True])] * 2
 
 
 class Losses(Callback):

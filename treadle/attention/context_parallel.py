@@ -16,22 +16,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as collectives
-from torch import Tensor, autograd
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
 
 from treadle.attention import ring
 from treadle.attention.context import AttentionContext, Keys
 from treadle.attention.facts import AttentionFacts
 from treadle.attention.parts import Parts
 from treadle.errors import ConfigError
+from treadle.kernels import collectives
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionFacts, AttentionContext, Tensor | None], Tensor]
 
 KEYS = "keys of all ranks"  # in the tables of a context
-
-# torch 2.13 | 2.11; the old name warns on every call of the new version.
-_all_gather: Any = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-_all_gather_plain: Any = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
 
 def attend(
@@ -64,26 +61,7 @@ def gathered(context: AttentionContext, *tensors: Tensor) -> tuple[AttentionCont
     if context.parts is None or context.parts.method != "gather":
         return context, list(tensors)
     parts = parts_of(context)
-    started = [_all_gather(x_BSX.contiguous(), 1, parts.group) for x_BSX in tensors]  # side by side
-    return in_rank_order(context), [arrived(x_BTX) for x_BTX in started]
-
-
-def arrived(started: Tensor) -> Tensor:
-    """What a differentiable collective has started, waited for. Its gradient comes without gaps, which what sends it
-    back asks for (torch 2.11)."""
-    x = collectives.wait_tensor(started)
-    # A view nowhere else: FSDP warns of a module that returns one.
-    return _Dense.apply(x) if x.requires_grad else x
-
-
-class _Dense(autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        return grads[0].contiguous()  # type: ignore[no-any-return]
+    return in_rank_order(context), collectives.gather(tensors, 1, parts.group, parts.size)
 
 
 def in_rank_order(context: AttentionContext) -> AttentionContext:
@@ -120,8 +98,7 @@ def _keys(context: AttentionContext) -> tuple[Tensor, ...]:
 def joined(values_BS: Tensor, context: AttentionContext) -> Tensor:
     """All ranks' values in row order, whole numbers say.  -> values_BT"""
     parts = parts_of(context)
-    values_BT = collectives.wait_tensor(_all_gather_plain(values_BS.contiguous(), 1, parts.group))
-    return parts.to_row_order(values_BT)
+    return parts.to_row_order(collectives.gather([values_BS], 1, parts.group, parts.size)[0])
 
 
 def parts_of(context: AttentionContext) -> Parts:
@@ -169,17 +146,17 @@ def _to_heads(x_BSHK: Tensor, parts: Parts) -> Tensor:
 
 
 def _whole_rows(x_CBSNK: Tensor, parts: Parts) -> Tensor:
-    x_BTNK = torch.cat(arrived(x_CBSNK).unbind(0), dim=1)
+    x_BTNK = torch.cat(funcol.wait_tensor(x_CBSNK).unbind(0), dim=1)
     return parts.to_row_order(x_BTNK)
 
 
 def _to_tokens(x_BTNV: Tensor, parts: Parts) -> Tensor:
     """Back: each rank gets its tokens of this rank's heads.  -> x_BSHV"""
     x_CBSNV = torch.stack(parts.to_rank_order(x_BTNV).chunk(parts.size, dim=1))
-    return torch.cat(arrived(_exchange(x_CBSNV, parts)).unbind(0), dim=2)
+    return torch.cat(funcol.wait_tensor(_exchange(x_CBSNV, parts)).unbind(0), dim=2)
 
 
 def _exchange(x_C: Tensor, parts: Parts) -> Tensor:
     """x_C[r] goes to rank r; what came from it takes its place."""
     group: Any = parts.group
-    return collectives.all_to_all_single_autograd(x_C.contiguous(), None, None, group)
+    return funcol.all_to_all_single_autograd(x_C.contiguous(), None, None, group)

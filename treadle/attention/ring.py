@@ -75,10 +75,8 @@ def _forward(
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
     out_BSHV = torch.zeros(*q_BSHK.shape[:3], v_BSGV.shape[3], dtype=wide, device=q_BSHK.device)
     lse_BSH = torch.full(q_BSHK.shape[:3], float("-inf"), dtype=wide, device=q_BSHK.device)
-    held = [k_BSGK.contiguous(), v_BSGV.contiguous()]
-    for step in range(size):
-        travel = _Travel(held, pairs.parts) if step < size - 1 else None
-        for pair in pairs.seen((rank - step) % size):  # this rank's own first
+    for held, seen in _round([k_BSGK.contiguous(), v_BSGV.contiguous()], pairs):
+        for pair in seen:
             scores_BQGRL, _ = pair.scores(q_BSHK, held[0])
             new_BQH = scores_BQGRL.logsumexp(-1).flatten(2, 3)
             finite_BQH = new_BQH.masked_fill(new_BQH == float("-inf"), 0)
@@ -89,8 +87,6 @@ def _forward(
             old_share, new_share = (torch.exp(part - both_BQH)[..., None] for part in (old_BQH, new_BQH))
             out_BSHV[:, pair.queries] = out_BSHV[:, pair.queries] * old_share + new_BQHV * new_share
             lse_BSH[:, pair.queries] = both_BQH
-        if travel is not None:
-            held = travel.arrived()
     return out_BSHV, lse_BSH
 
 
@@ -130,11 +126,10 @@ def _backward(
     # What the softmax takes from each score's gradient: sum_j P_j dP_j, less what comes through the lse itself.
     taken_BSH = (dout_BSHV * out_BSHV).sum(-1) - dlse_BSH
     dq_BSHK = torch.zeros(q_BSHK.shape, dtype=wide, device=q_BSHK.device)
-    held, sums = [k_BSGK.contiguous(), v_BSGV.contiguous()], None
-    for step in range(size):
-        travel = _Travel(held, pairs.parts) if step < size - 1 else None
+    sums: _Travel | None = None
+    for held, seen in _round([k_BSGK.contiguous(), v_BSGV.contiguous()], pairs):
         dk_BSGK, dv_BSGV = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in held)
-        for pair in pairs.seen((rank - step) % size):
+        for pair in seen:
             queries, keys = pair.queries, pair.keys
             scores_BQGRL, slope = pair.scores(q_BSHK, held[0])
             lse_BQGR, taken_BQGR = (x[:, queries].unflatten(2, (G, -1)) for x in (lse_BSH, taken_BSH))
@@ -154,10 +149,9 @@ def _backward(
         found = [dk_BSGK, dv_BSGV]
         if sums is not None:
             found = [mine + theirs for mine, theirs in zip(found, sums.arrived(), strict=True)]
-        if travel is not None:
-            held = travel.arrived()
         sums = _Travel(found, pairs.parts)
-    dk_BSGK, dv_BSGV = sums.arrived() if sums is not None else found
+    assert sums is not None
+    dk_BSGK, dv_BSGV = sums.arrived()
     return dq_BSHK.to(q_BSHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGV.to(v_BSGV.dtype)
 
 
@@ -266,6 +260,16 @@ class _Pairs:
             return AttentionContext(positions, keys=Keys(query_places, key_places))
         query_documents, key_documents = self.documents_BT[:, queries], self.documents_BT[:, keys]
         return AttentionContext(positions, query_documents, keys=Keys(query_places, key_places, key_documents))
+
+
+def _round(held: list[Tensor], pairs: _Pairs) -> Iterator[tuple[list[Tensor], Iterator[_Pair]]]:
+    """Keys and values of each rank, this one's own first, and the pairs that meet there. The next are on their way."""
+    rank, size = pairs.parts.rank, pairs.parts.size
+    for step in range(size):
+        travel = _Travel(held, pairs.parts) if step < size - 1 else None
+        yield held, pairs.seen((rank - step) % size)
+        if travel is not None:
+            held = travel.arrived()
 
 
 class _Travel:

@@ -44,11 +44,7 @@ def _read(path: Path, including: tuple[Path, ...], imports: list[str]) -> dict[s
     asked = names(data.get("imports"), "imports", path)
     if including:
         data.pop("imports", None)  # an included file may land anywhere; imports belong to the top
-    for name in asked:
-        # Relative to the file that asks, and absolute from here on, so that a saved configuration still finds it.
-        name = str((path.parent / Path(name).expanduser()).resolve()) if name.endswith(".py") else name
-        if name not in imports:
-            imports.append(name)
+    imports += [name for name in dict.fromkeys(absolute(asked, path.parent)) if name not in imports]
     return _expand(data, path, (*including, path), imports)
 
 
@@ -70,6 +66,11 @@ def names(value: Any, key: str, origin: object) -> list[str]:
     if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
         raise ConfigError(f"{origin}: {key}: expected a name or a list of names, got {quote(value)}")
     return list(listed)
+
+
+def absolute(imports: list[str], folder: Path) -> list[str]:
+    """Files relative to the one that asks, as absolute paths, so that a saved configuration still finds them."""
+    return [str((folder / Path(name).expanduser()).resolve()) if name.endswith(".py") else name for name in imports]
 
 
 def _find(name: str, path: Path, including: tuple[Path, ...]) -> Path:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from treadle.config import overrides as override
 from treadle.config.base import Config, nearest
 from treadle.config.explain import explain
-from treadle.config.include import merge, names, read_yaml
+from treadle.config.include import absolute, merge, names, read_yaml
 from treadle.config.schema import plain
 from treadle.config.words import quote
 from treadle.errors import ConfigError, TreadleError
@@ -42,12 +42,15 @@ def resolve(
     for assignment in assignments:
         if assignment.path == ("preset",):
             raw["preset"] = assignment.value
+        elif assignment.path[0] == "imports":  # before the others, which may name what it defines
+            raw = override.apply(raw, schema, assignment)
+            raw["imports"] = absolute(names(raw["imports"], "imports", "override"), Path())
     raw = _apply_preset(raw, {"preset": preset} if preset is not None else raw, device, origin)
     import_all(names(raw.get("imports"), "imports", origin), origin)
     if "imports" not in schema.model_fields:
         raw.pop("imports", None)
     for assignment in assignments:
-        if assignment.path != ("preset",):
+        if assignment.path[0] not in ("preset", "imports"):
             raw = override.apply(raw, schema, assignment)
     try:
         return schema.model_validate(raw)

@@ -19,11 +19,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.distributed._symmetric_memory
 from torch import Tensor, autograd
 
-from treadle.attention.context_parallel import arrived
-
-# torch 2.12 has renamed them.
-_gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
-_scatter: Any = getattr(funcol, "reduce_scatter_single_autograd", None) or funcol.reduce_scatter_tensor_autograd
+from treadle.kernels import collectives
 
 Later = Callable[[Tensor, Tensor], None]  # takes dy and x, of which a weight's gradient will be made
 
@@ -58,13 +54,12 @@ class Peers:
 
 def gather(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """The parts of all processes, one after the other. Backward: gradients are summed, each has that of its part."""
-    # Waited for at once: an unfinished result must not enter a compiled region (torch 2.13 gets gradients wrong there).
-    return arrived(_gather(x.contiguous(), dim, peers.name))
+    return collectives.gather([x], dim, peers.name, peers.size)[0]
 
 
 def sum_scatter(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """Each process's part of the sum. Backward: gradients are gathered."""
-    return arrived(_scatter(x.contiguous(), "sum", dim, peers.name))
+    return collectives.sum_scatter([x], dim, peers.name, peers.size)[0]
 
 
 def total(x: Tensor, peers: Peers) -> Tensor:

@@ -291,10 +291,13 @@ def _wrong_world(config: ParallelConfig, layout: Layout, world: int) -> str:
     sizes = {key: getattr(layout, key) for key in ("pipeline", "replicate", "shard", "context", "tensor")}
     product = " x ".join(f"{key}={size}" for key, size in sizes.items() if size > 1) or "shard=1"
     rest = math.prod(size for key, size in sizes.items() if key != "shard")
+    is_all = f" is {layout.world}" if " x " in product else ""
+    if world == 1:
+        return f"parallel: {product}{is_all}, but this is one process; start {layout.world} with --nproc {layout.world}"
     if config.shard is not None and world % rest == 0:
         fix = f"set parallel.shard: {world // rest} (or null)"
     elif world % rest == 0:
         fix = "leave parallel.shard out"
     else:
         fix = f"use a multiple of {rest} processes, or sizes that divide {world} ({choices(world)})"
-    return f"parallel: {product} is {layout.world}, but there are {world} processes; {fix}"
+    return f"parallel: {product}{is_all}, but there are {world} processes; {fix}"

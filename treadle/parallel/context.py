@@ -31,8 +31,7 @@ def own_part(batch: Batch, mesh: Mesh, device: torch.device | str) -> Batch:
     parts = parts_of(mesh)
     if parts is None:
         return batch.to(device, non_blocking=True)
-    # Counted where the batch is, before it moves: the device is not waited for.
-    valid = int((parts.cut(batch.targets_BS) != IGNORED).sum())
+    valid = own_targets(batch, mesh)  # before it moves: the device is not waited for
     batch = batch.to(device, non_blocking=True)
     return replace(
         batch,
@@ -41,3 +40,9 @@ def own_part(batch: Batch, mesh: Mesh, device: torch.device | str) -> Batch:
         context=batch.context.cut(parts),
         valid_tokens=valid,
     )
+
+
+def own_targets(batch: Batch, mesh: Mesh) -> int:
+    """How many of them are to be predicted; counted where the batch is."""
+    parts = parts_of(mesh)
+    return batch.valid_tokens if parts is None else int((parts.cut(batch.targets_BS) != IGNORED).sum())

@@ -89,9 +89,13 @@ def wide_units(model: Transformer, layer: nn.Module) -> list[nn.Module]:
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the backwards to come sum gradients over processes; without, they add up locally."""
+    """Whether the backwards to come sum gradients over copies of the weights; until then each adds up its shard.
+
+    Gradients of one copy are summed and sharded by every backward: what is held in between is a shard, and not the
+    whole model's in float32.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_all_reduce(now)
 
 
 def accumulate_gradients(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from treadle.errors import TrainingError
 
 SAVING_SECONDS = 600  # what a stop that was asked for may take, before processes are killed
+TOGETHER_SECONDS = 5  # failures so close to each other have one cause
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
@@ -42,15 +43,22 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
 
 def _failure(error: object) -> BaseException:
-    """What the first process to fail has said. A killed one comes first: the others fail because it is gone."""
-    failures = error.failures  # type: ignore[attr-defined]
-    killed = [rank for rank, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
-    rank = killed[0] if killed else error.get_first_failure()[0]  # type: ignore[attr-defined]
-    failure = failures[rank]
+    """What the first process to fail has said.
+
+    Of those that fail at about the same time a killed one comes first: the others fail because it is gone. One that is
+    killed later did not end when it was told to, because of the others.
+    """
+    rank, first = error.get_first_failure()  # type: ignore[attr-defined]
+    for other, found in error.failures.items():  # type: ignore[attr-defined]
+        together = found.timestamp <= first.timestamp + TOGETHER_SECONDS
+        if together and found.exitcode < 0 and found.exitcode != -signal.SIGTERM:
+            rank = other
+            break
+    failure = error.failures[rank]  # type: ignore[attr-defined]
     if failure.exitcode > 0:  # it has printed its message, or its traceback
         print(f"rank {rank} ended first, with exit code {failure.exitcode}", file=sys.stderr)
         return SystemExit(failure.exitcode)
     name = signal.Signals(-failure.exitcode).name
     return TrainingError(
-        f"rank {rank} was killed by {name}; all others were stopped. Go on with: treadle train --resume"
+        f"rank {rank} was killed by {name}; all others were stopped. Go on with: treadle train --resume latest"
     )

@@ -22,9 +22,6 @@ from treadle.parallel.config import Layout
 
 T = TypeVar("T")
 
-# Warns, of every norm and gathering of a tensor that is cut in two directions, that this takes two steps.
-logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-
 DIMENSIONS = ("pipeline", "replicate", "shard", "context", "tensor")
 PATIENCE = timedelta(days=7)  # preparing data may take as long as it likes
 MARGIN = 300.0  # seconds that a collective waits beyond `parallel.timeout`: the stacks are to be written first
@@ -239,12 +236,14 @@ def open_mesh(layout: Layout, device: torch.device, *, timeout: float = 1800.0) 
     if world.size == 1:
         yield Mesh(device=device)
         return
+    # It warns of every norm and gathering of a tensor that is cut in two directions, that this takes two steps.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     # Whole numbers and checkpoints travel through host memory, also beside GPUs.
-    if layout.tensor > 1:  # each whole tensor would be told to be gathered on one dimension of the mesh after the other
-        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout + MARGIN))
-    yield make_mesh(world, layout, device)
+    mesh = make_mesh(world, layout, device)
+    _set_timeout(timeout + MARGIN, but=mesh.patient)
+    yield mesh
     dist.destroy_process_group()
 
 
@@ -275,6 +274,13 @@ def make_mesh(world: World, layout: Layout, device: torch.device) -> Mesh:
         patient=dist.new_group(backend="gloo", timeout=PATIENCE),
         **single,
     )
+
+
+def _set_timeout(seconds: float, but: dist.ProcessGroup | None) -> None:
+    """Of all groups: those of a mesh have PyTorch's own, whatever the first group was given. Private in PyTorch."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not but:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _flatten(mesh: DeviceMesh, name: str) -> DeviceMesh:

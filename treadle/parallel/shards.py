@@ -209,7 +209,20 @@ class Spread:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """PyTorch's, which looks for the pieces of tensors only."""
+    """PyTorch's, which looks for the pieces of tensors only.
+
+    It is also the first to run in the thread that writes, whose GPU is the machine's first whoever started it: every
+    process would take memory there.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         found = self.state_dict.get(index.fqn)

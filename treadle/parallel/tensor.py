@@ -50,7 +50,7 @@ def shard_tensor(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None
     peers = Peers(group.group_name, mesh.tensor.size(), mesh.tensor.get_local_rank(), config.async_tensor)
     sites = _sites(model, peers)
     if config.async_tensor:
-        _check_fused(sites, mesh.device)
+        _check_fused(sites, mesh)
     roles, made = parameter_roles(model), dict[nn.Parameter, tuple[nn.Parameter, View]]()
     for path, module in list(model.named_modules()):
         site, views = sites[path], dict[str, View]()
@@ -136,8 +136,12 @@ def _set_ends(path: str, block: Any, sites: dict[str, Site]) -> None:
     sites[path].form = cut.block_form(enters=names[0] is None, leaves=names[1] is None)
 
 
-def _check_fused(sites: dict[str, Site], device: torch.device) -> None:
-    if reason := not_fused_because(device):
+def _check_fused(sites: dict[str, Site], mesh: Mesh) -> None:
+    here = mesh.world.local_size
+    if here % mesh.layout.tensor:
+        shared = f"{here} processes on a machine cannot be shared out to groups of parallel.tensor={mesh.layout.tensor}"
+        raise ConfigError(f"parallel.async_tensor: {shared}, and none may span machines; leave it out")
+    if reason := not_fused_because(mesh.device):
         raise ConfigError(f"parallel.async_tensor: {reason}; leave it out")
     if not any(site.form in (cut.EntryLinear, cut.ExitLinear) for site in sites.values()):
         raise ConfigError("parallel.async_tensor: no block of this model has an entry or an exit to be fused")

@@ -145,7 +145,7 @@ class Checkpointer:
             "checkpoint_id": str(temporary),
             "no_dist": not self.mesh.distributed,
             "process_group": self.mesh.background,
-            "planner": SavePlanner(),
+            "planner": SavePlanner(self.mesh.device),
         }
         done: Future[Any] = Future()
         refused = self.mesh.leaders(lambda: self._begin(temporary))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treadle.data.packing import Batch
 from treadle.nn.transformer import Transformer
-from treadle.parallel.context import own_part
+from treadle.parallel.context import own_part, own_targets
 from treadle.parallel.data import synchronise_gradients
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.pipeline import pipeline_of
@@ -51,9 +51,8 @@ def forward_backward(
     """
     watch, mesh = watch or Stopwatch("cpu"), mesh or Mesh()
     device = model.device
-    batches = [own_part(batch, mesh, device) for batch in batches]
-    here = (sum(batch.valid_tokens for batch in batches), sum(batch.tokens_BS.numel() for batch in batches))
-    tokens, positions = mesh.sum_counts(*here)
+    here = sum(batch.tokens_BS.numel() for batch in batches) // mesh.layout.context
+    tokens, positions = mesh.sum_counts(sum(own_targets(batch, mesh) for batch in batches), here)
     if tokens == 0:
         raise ValueError("no token of this batch counts towards the loss")
     pipeline = pipeline_of(model)
@@ -69,12 +68,12 @@ def forward_backward(
     with observed(model, positions, loss_scale, mesh) as loads:
         if pipeline is not None:
             with watch("pipeline"):
-                pipeline.step(objective, batches)
+                pipeline.step(objective, [own_part(batch, mesh, device) for batch in batches])
         else:
             for number, batch in enumerate(batches, start=1):
                 synchronise_gradients(model, number == len(batches))
                 with watch("forward"):
-                    scaled = objective(model, batch)
+                    scaled = objective(model, own_part(batch, mesh, device))
                 with watch("backward"):
                     scaled.backward()
     if sums:

@@ -22,6 +22,7 @@ class Muon(torch.optim.Optimizer):
     A group's `parts` are the row counts of projections that are stacked in one parameter: each is orthogonalised by
     itself, as if it were a parameter of its own. torch.optim.Muon knows no parts; without them both agree.
 
+    device: where matrices are orthogonalised, if not where they lie.
     Momentum is spread as the parameter is; `treadle.parallel.matrices` brings together what has to be whole.
     """
 
@@ -33,6 +34,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         iterations: int = 5,
+        device: torch.device | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -43,6 +45,7 @@ class Muon(torch.optim.Optimizer):
             "parts": (),
         }
         super().__init__(list(groups), defaults)
+        self.device = device
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -51,8 +54,9 @@ class Muon(torch.optim.Optimizer):
 
         def orthogonal(number: int, whole_RC: Tensor) -> Tensor:
             group = stepped[number][1]
-            pieces = whole_RC.split(_parts(group, whole_RC), -2)
-            return torch.cat([orthogonalise(piece_RC, group["iterations"]) for piece_RC in pieces], -2)
+            pieces = whole_RC.to(self.device or whole_RC.device).split(_parts(group, whole_RC), -2)
+            found = torch.cat([orthogonalise(piece_RC, group["iterations"]) for piece_RC in pieces], -2)
+            return found.to(whole_RC.device)
 
         parts = [group["parts"] for _, group in stepped]
         directions = on_whole_matrices([parameter for parameter, _ in stepped], updates, parts, orthogonal)

@@ -64,7 +64,8 @@ class MuonConfig(OptimizerConfig):
             owner = modules[name.rpartition(".")[0]]
             parts = tuple(owner.parts.values()) if isinstance(owner, Linear | GroupedLinear) else ()
             groups.append({"params": [parameter], "parts": parts})
-        muon = Muon(groups, self.lr, self.weight_decay, self.momentum, self.nesterov, self.iterations)
+        options: Any = {"device": getattr(model, "device", None)}  # of offloaded weights, the GPU
+        muon = Muon(groups, self.lr, self.weight_decay, self.momentum, self.nesterov, self.iterations, **options)
         adamw = AdamWConfig(lr=self.lr, weight_decay=self.weight_decay, betas=self.betas, eps=self.eps)
         return Optimizers([muon, adamw.for_parameters(model, rest)])
 

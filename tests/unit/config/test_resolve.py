@@ -206,3 +206,15 @@ class TestBadFiles:
             resolve(Recipe, tmp_path / "binary.yaml")
         with pytest.raises(ConfigError, match="cannot be read"):
             resolve(Recipe, tmp_path)
+
+
+def test_imports_given_as_an_override(write, tmp_path, monkeypatch):
+    """Before the overrides that name what they define, and absolute, so that the saved configuration finds them."""
+    write("late.py", USER_MIXER.format(name="Late", kind="late"))
+    path = write("run.yaml", "model: {layers: [{kind: block}]}\n")
+    monkeypatch.chdir(tmp_path)
+    config = resolve(Recipe, path, ["model.layers.0.mixer={kind: late, decay: 0.1}", "imports=late.py"])
+    assert config.imports == (str((tmp_path / "late.py").resolve()),)
+    assert config.model.layers[0].mixer.decay == 0.1
+    with pytest.raises(ConfigError, match="imports: no_such_module_here"):
+        resolve(Recipe, path, ["imports=[no_such_module_here]"])

@@ -37,6 +37,22 @@ def test_muon_is_pytorchs(nesterov, iterations):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_muon_orthogonalises_where_it_is_told(monkeypatch):
+    """Weights that are offloaded lie in host memory, and their momentum: neither has to move."""
+    (weight,), seen = random_parameters([(8, 6)]), []
+
+    def there(x, iterations):
+        seen.append(x.device.type)
+        return torch.ones(x.shape, dtype=torch.bfloat16)
+
+    monkeypatch.setattr("treadle.train.muon.orthogonalise", there)
+    random_gradients([weight], 0)
+    before = weight.detach().clone()
+    Muon([{"params": [weight]}], lr=0.1, weight_decay=0.0, device=torch.device("meta")).step()
+    assert seen == ["meta"]
+    torch.testing.assert_close(weight.detach(), before - 0.1 * 0.2 * 8**0.5)
+
+
 def test_muon_steps_each_part_as_a_parameter_of_its_own():
     shapes = [(32, 24), (8, 24), (16, 24)]
     apart = random_parameters(shapes)
