@@ -131,5 +131,9 @@ def _loss_and_gradient(
 
 @functools.cache
 def _chunk_step(device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """On a GPU the chain above is compiled into two passes over the logits; on a CPU it runs as it stands."""
-    return torch.compile(_loss_and_gradient, dynamic=False) if device == "cuda" else _loss_and_gradient
+    """On a GPU one kernel that overwrites the logits; on a CPU the chain above."""
+    if device != "cuda":
+        return _loss_and_gradient
+    from treadle.kernels.cross_entropy_rows import cross_entropy_rows  # Triton is where GPUs are
+
+    return cross_entropy_rows

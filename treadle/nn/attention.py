@@ -111,6 +111,7 @@ class Attention(nn.Module):
                 q_BSHK, k_BSGK = (x.unflatten(-1, (-1, self.head_dim)) for x in (q_BSHK, k_BSGK))
         if self.position is not None:
             q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, context)
+            v_BSGK = v_BSGK.contiguous()  # as a part of qkv it would keep all of that for the backward
         k_BTGK, v_BTGK = k_BSGK, v_BSGK
         if context.cache is not None:
             k_BTGK, v_BTGK = context.cache.append(k_BSGK, v_BSGK)
