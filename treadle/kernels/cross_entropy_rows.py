@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 32  # so many threads that a multiprocessor holds one program only
+BLOCK, WARPS = 16384, 32  # so many threads that a multiprocessor holds one program only
 
 
 def cross_entropy_rows(
