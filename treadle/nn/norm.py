@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from treadle import kernels
 from treadle.nn.config import NormConfig
 
 # A norm is built with (dim), or with (dim, heads): then x_..HD has a weight for each head, and each is normed alone.
@@ -21,10 +22,7 @@ class RMSNormConfig(NormConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32, of a weight that has x's dtype.  x_..D -> y_..D
-
-    With an offset the factor stays in float32, as Gemma's: rounded to bf16, a weight near zero would lose its digits.
-    """
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32; see `treadle.kernels.rms_norm`.  x_..D -> y_..D"""
 
     roles = {"weight": "norm"}
 
@@ -34,15 +32,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full(_shape(dim, heads), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.offset == 0.0:
-            return self._norm(x, self.weight.to(x.dtype))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return self._norm(x.to(wide), self.weight.to(x.dtype).to(wide) + self.offset).to(x.dtype)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        if weight.ndim == 2:
-            return F.rms_norm(x, weight.shape[1:], None, self.eps) * weight
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class LayerNormConfig(NormConfig):

@@ -1,0 +1,156 @@
+"""Root-mean-square and layer norm over the last dimension, alone or of the sum with a residual stream.
+
+N rows (of all leading dimensions), D numbers each.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, autograd
+
+from treadle.kernels.operation import Floor, Gradient, Operation, Shape
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32, of a weight rounded to x's dtype.  x_..D -> y_..D
+
+    weight_D in any float dtype, in which it gets its gradient; or weight_HD for x_..HD, a weight for each head. With an
+    offset the factor stays in float32, as Gemma's: rounded to bf16, a weight near zero would lose its digits.
+    Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    if weight.ndim == 1 and RMS_NORM.worthwhile(x, weight, eps, offset):
+        return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return]
+    return _rms_norm(x, weight, eps, offset)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x + y, and its norm.  x_..D, y_..D -> normed_..D, sum_..D"""
+    if weight.ndim == 1 and ADD_RMS_NORM.worthwhile(x, y, weight, eps, offset):
+        return _AddRMSNorm.apply(x, y, weight, eps, offset)  # type: ignore[no-any-return]
+    total = x + y
+    return _rms_norm(total, weight, eps, offset), total
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    weight = weight.to(x.dtype)
+    if offset != 0.0:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return _rms_norm(x.to(wide), weight.to(wide) + offset, eps, 0.0).to(x.dtype)
+    if weight.ndim == 2:
+        return F.rms_norm(x, weight.shape[1:], None, eps) * weight
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _RMSNorm(autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        y, rstd = torch.ops.treadle.rms_norm(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.numbers = eps, offset
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        dx, dweight = torch.ops.treadle.rms_norm_backward(grads[0], None, *ctx.saved_tensors, *ctx.numbers)
+        return dx, dweight, None, None
+
+
+class _AddRMSNorm(autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        normed, total, rstd = torch.ops.treadle.add_rms_norm(x, y, weight, eps, offset)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.numbers = eps, offset
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        dx, dweight = torch.ops.treadle.rms_norm_backward(*grads, *ctx.saved_tensors, *ctx.numbers)
+        return dx, dx, dweight, None, None
+
+
+def _inverse_root(x: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide.square().mean(-1) + eps).rsqrt()
+
+
+def _fake_rows(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of tensors, each moved once."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def _rms_norm_arguments(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x = torch.randn(*shape, dtype=dtype, device=device)
+    return x, torch.rand(shape[-1], device=device) + 0.5, 1e-5, 0.0
+
+
+def _add_arguments(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x, *rest = _rms_norm_arguments(shape, dtype, device)
+    return x, torch.randn_like(x), *rest
+
+
+def _backward_arguments(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """Of a shape (1, N, D) with a gradient of the sum, of (N, D) without."""
+    x, weight, eps, offset = _rms_norm_arguments(shape, dtype, device)
+    dsum = torch.randn_like(x) if len(shape) > 2 else None
+    return torch.randn_like(x), dsum, x, weight, _inverse_root(x, eps), eps, offset
+
+
+def _backward_pieces(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, eps: float, offset: float
+) -> tuple[Any, tuple[Tensor, ...], Any]:
+    if dsum is None:
+        return lambda x, weight: _rms_norm(x, weight, eps, offset), (x, weight), dy
+    return lambda x, weight: (_rms_norm(x, weight, eps, offset), x.clone()), (x, weight), (dy, dsum)
+
+
+CHECKED = ((1, 8), (37, 300), (3, 5, 128), (2, 4096), (1, 3, 8200))
+TIMED = ((16384, 2048), (16384, 4096), (16384, 8192), (256, 4096))
+
+RMS_NORM = Operation(
+    name="rms_norm",
+    schema="(Tensor x, Tensor weight, float eps, float offset) -> (Tensor y, Tensor rstd)",
+    module=__name__,
+    reference=lambda x, weight, eps, offset: (_rms_norm(x, weight, eps, offset), _inverse_root(x, eps)),
+    fake=lambda x, weight, eps, offset: (x.new_empty(x.shape), _fake_rows(x)),
+    floor=lambda x, weight, eps, offset: Floor(nbytes(x, x, weight) + 4 * x[..., 0].numel(), 4 * x.numel()),
+    arguments=_rms_norm_arguments,
+    checked=CHECKED,
+    timed=(*TIMED, (16384, 32, 128)),
+)
+
+ADD_RMS_NORM = Operation(
+    name="add_rms_norm",
+    schema="(Tensor x, Tensor y, Tensor weight, float eps, float offset) -> (Tensor normed, Tensor sum, Tensor rstd)",
+    module=__name__,
+    reference=lambda x, y, weight, eps, offset: (
+        _rms_norm(x + y, weight, eps, offset),
+        x + y,
+        _inverse_root(x + y, eps),
+    ),
+    fake=lambda x, y, weight, eps, offset: (x.new_empty(x.shape), x.new_empty(x.shape), _fake_rows(x)),
+    floor=lambda x, y, weight, eps, offset: Floor(
+        2 * nbytes(x, y) + nbytes(weight) + 4 * x[..., 0].numel(), 5 * x.numel()
+    ),
+    arguments=_add_arguments,
+    checked=CHECKED,
+    timed=TIMED,
+)
+
+Operation(
+    name="rms_norm_backward",
+    schema="(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd, float eps, float offset)"
+    " -> (Tensor dx, Tensor dweight)",
+    module=__name__,
+    reference=Gradient(_backward_pieces),
+    fake=lambda dy, dsum, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    floor=lambda dy, dsum, x, weight, rstd, *_: Floor(nbytes(dy, dsum, x, dy, weight, weight, rstd), 10 * x.numel()),
+    arguments=_backward_arguments,
+    checked=CHECKED,
+    timed=(*TIMED, (1, 16384, 4096)),
+)
