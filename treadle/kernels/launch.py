@@ -14,9 +14,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
+def power_of_two(x: int) -> int:
+    """The smallest that is not less: what the sizes of Triton's blocks have to be."""
+    return 1 << max(0, x - 1).bit_length()
+
+
 def blocks(columns: int) -> tuple[int, int, int]:
     """Rows of a program, the numbers it holds of each (a power of two), and its warps."""
-    block = 1 << max(0, columns - 1).bit_length()
+    block = power_of_two(columns)
     rows = max(1, TILE // block)
     return rows, block, max(1, min(32, rows * block // (PER_THREAD * 32)))
 

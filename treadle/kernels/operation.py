@@ -55,6 +55,11 @@ class Floor:
     flops: float
 
 
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of tensors, each moved once."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """One operator. It defines itself with PyTorch, and is called as `torch.ops.treadle.<name>`.
@@ -65,7 +70,7 @@ class Operation:
     fake: what it returns, in shape, dtype and layout, without computing it.
     floor: bytes and FLOPs of a call.
     arguments: random arguments of a shape, for checks and timings: (shape, dtype, device) -> args.
-    checked, timed: such shapes, small and odd ones to check, and those of training to time.
+    checked, timed: such shapes, small and odd ones to check (in dtypes), those of training to time (in timed_dtypes).
     compiled: whether it is worth calling from compiled code, where PyTorch's compiler would fuse the definition with
         what is around it.
     """
@@ -80,6 +85,7 @@ class Operation:
     checked: tuple[Shape, ...]
     timed: tuple[Shape, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    timed_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -155,7 +161,9 @@ def _recording() -> Any:
 
 def choose(operation: Operation, *args: Any) -> Choice:
     """Which implementation computes this call. Raises ConfigError where a named one cannot."""
-    key = (operation.name, *((a.shape, a.dtype, a.device.type) if isinstance(a, Tensor) else a for a in args))
+    # Of numbers nothing hangs on floats, such as a learning rate, of which there is another one at each step.
+    kinds = ((a.shape, a.dtype, a.device.type) if isinstance(a, Tensor) else a for a in args if type(a) is not float)
+    key = (operation.name, *kinds)
     if key not in _chosen:
         _chosen[key] = _choose(operation, *args)
     return _chosen[key]

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
@@ -51,17 +50,12 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: LayerNormConfig, dim: int, heads: int | None = None):
         super().__init__()
-        self.eps, self.dim = config.eps, dim
+        self.eps = config.eps
         self.weight = nn.Parameter(torch.ones(_shape(dim, heads))) if config.weight else None
         self.bias = nn.Parameter(torch.zeros(_shape(dim, heads))) if config.weight and config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if weight is not None and weight.ndim == 2:
-            scaled = F.layer_norm(x, (self.dim,), eps=self.eps) * weight
-            return scaled if bias is None else scaled + bias
-        return F.layer_norm(x, (self.dim,), weight, bias, self.eps)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def _shape(dim: int, heads: int | None) -> tuple[int, ...]:

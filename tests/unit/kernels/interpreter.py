@@ -1,4 +1,4 @@
-"""Triton's interpreter, put right: it runs kernels on the CPU, but has bf16 wrong, and no loops with numpy 2.4.
+"""Triton's interpreter, put right: it runs kernels on the CPU, but rounds bf16 and fp8 wrong, and has no loops with numpy 2.4.
 
 Run as a script it checks operations: python interpreter.py rms_norm ... . Tests call it in a process of its own, since
 TRITON_INTERPRET has to be set before Triton is imported, and no kernel can be compiled in such a process.
@@ -35,6 +35,9 @@ def _convert_float(x, source, target, rounding):
         return _to_bf16(x.view(np.float32)).reshape(x.shape)
     if source == tl.bfloat16 and target == tl.float32:
         return _to_float32(x.view(np.uint16)).view(np.uint32).reshape(x.shape)
+    if source == tl.float32 and target == tl.float8e4nv:  # as PyTorch rounds
+        numbers = torch.from_numpy(np.ascontiguousarray(x).view(np.float32))
+        return numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(x.shape)
     return _convert(x, source, target, rounding)
 
 
@@ -62,10 +65,9 @@ def main(names: list[str]) -> None:
     from treadle.kernels.measure import check
 
     torch.manual_seed(0)
-    with kernels.use(all="triton"):
-        for name in names:
-            for finding in check(kernels.OPERATIONS[name], "triton", "cpu"):
-                print(finding, flush=True)
+    for name in names:
+        for finding in check(kernels.OPERATIONS[name], "triton", "cpu"):
+            print(finding, flush=True)
 
 
 if __name__ == "__main__":

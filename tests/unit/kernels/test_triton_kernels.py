@@ -42,4 +42,4 @@ def test_compiled_for_hopper() -> None:
         assert kernel["reg"] <= REGISTERS, kernel
         assert kernel["shared"] <= SHARED, kernel
         assert kernel["wide_loads"] > 0, kernel
-        assert kernel["narrow_loads"] == 0, kernel
+        assert kernel["narrow_loads"] <= 1, kernel  # the logit of the one token that is asked for
