@@ -16,7 +16,7 @@ from torch import Tensor, autograd, nn
 
 from treadle.config.base import key_errors
 from treadle.kernels.grouped_linear import Implementation
-from treadle.nn.activation import GatedActivation, gated
+from treadle.kernels.gates import GatedActivation, gated_activation
 from treadle.nn.config import FeedForwardConfig, RouterConfig
 from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.router import Routing, SoftmaxRouterConfig
@@ -142,8 +142,8 @@ class MoE(nn.Module):
     def compute(self, rows_ND: Tensor, rows_E: Tensor, *, tail: bool) -> Tensor:
         """The experts' outputs for rows that are sorted by expert, `rows_E` for each; tail: more rows follow."""
         ends_E = rows_E.cumsum(0).to(torch.int32)
-        gate_NF, up_NF = self.gate_up(rows_ND, ends_E, tail=tail).chunk(2, dim=-1)
-        return self.down(gated(gate_NF, up_NF, self.activation), ends_E, tail=tail)  # type: ignore[no-any-return]
+        hidden_NF = gated_activation(self.gate_up(rows_ND, ends_E, tail=tail), self.activation)
+        return self.down(hidden_NF, ends_E, tail=tail)  # type: ignore[no-any-return]
 
     def shared_output(self, x_TD: Tensor) -> Tensor | None:
         if self.shared is None:
