@@ -81,7 +81,7 @@ def measure(
     rows, length = config.training.batch_size, config.training.sequence_length
     batches = random_batches(rows, length, config.model.vocab_size, steps + warmup, document=document)
     start = time.perf_counter()
-    loop = Loop(state, config.training, ConstantConfig(warmup=warmup), cross_entropy, [clock])
+    loop = Loop(state, config.training, ConstantConfig(warmup=warmup), cross_entropy, [clock], mesh=Mesh(device=device))
     loop.run(batches)
     phases = loop.watch.read()
     if profile:

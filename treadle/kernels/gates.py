@@ -53,10 +53,16 @@ def _gated(x: Tensor, activation: GatedActivation) -> Tensor:
 
 
 class _Gated(autograd.Function):
+    """In compiled code only the backward is an operator: there the compiler reads each half twice to write both
+    gradients side by side. The forward it does well, and again in the backward, so that nothing but x is kept.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, activation: GatedActivation) -> Tensor:
         ctx.save_for_backward(x)
         ctx.activation = activation
+        if torch.compiler.is_compiling():
+            return _gated(x, activation)
         return torch.ops.treadle.gated_activation(x, activation)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -89,6 +95,7 @@ GATED = Operation(
     arguments=_arguments,
     checked=CHECKED,
     timed=TIMED,
+    compiled=True,
 )
 
 Operation(

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treadle.kernels.adamw import adamw_step
 from treadle.parallel.shards import local
 
 LARGE = 1 << 16  # elements of a tensor from which a kernel of its own pays
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, fused. On a GPU each large tensor is stepped by one kernel that reads its gradient once.
+    """PyTorch's, fused. On a GPU each large tensor is stepped by a kernel that moves it once, clipping included.
 
     factor: what gradients are multiplied by in the next step, a scalar on the device; None: nothing.
     """
@@ -33,13 +34,11 @@ class AdamW(torch.optim.AdamW):
         tensors = [tuple(map(local, each)) for each in zip(parameters, gradients, firsts, seconds, strict=True)]
         large = [index for index, each in enumerate(tensors) if _suits_kernel(*each)]
         if large:
-            from treadle.kernels.adamw_step import adamw_step  # Triton is where GPUs are
-
             torch._foreach_add_([steps[index] for index in large], 1)
-            factor = torch.ones((), device=tensors[large[0]][0].device) if self.factor is None else self.factor
+            numbers = torch.stack([steps[index] for index in large]).tolist()
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            for index in large:
-                adamw_step(*tensors[index], steps[index], factor, **options)
+            for index, number in zip(large, numbers, strict=True):
+                adamw_step(*tensors[index], step=int(number), scale=self.factor, **options)
             for each in (parameters, gradients, firsts, seconds, steps):
                 each[:] = [entry for index, entry in enumerate(each) if index not in large]
         if self.factor is not None and gradients:
