@@ -11,6 +11,7 @@ import json
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ def measure(
     rows, length = config.training.batch_size, config.training.sequence_length
     batches = random_batches(rows, length, config.model.vocab_size, steps + warmup, document=document)
     start = time.perf_counter()
-    loop = Loop(state, config.training, ConstantConfig(warmup=warmup), cross_entropy, [clock], mesh=Mesh(device=device))
+    loss = partial(cross_entropy, attention=config.training.attention)
+    loop = Loop(state, config.training, ConstantConfig(warmup=warmup), loss, [clock], mesh=Mesh(device=device))
     loop.run(batches)
     phases = loop.watch.read()
     if profile:

@@ -1,6 +1,6 @@
 """The step of `train_single.py`, taken by transformers: its Llama of the same shape, bf16 autocast over fp32 weights.
 
-    python benchmarks/train_transformers.py --batch 2 [--compile]
+python benchmarks/train_transformers.py --batch 2 [--compile]
 """
 
 import argparse
