@@ -20,12 +20,13 @@ def list_operations(names: Names = None) -> None:
 
     from treadle.kernels import BACKENDS
 
-    table, missing = Table("operation", *BACKENDS, box=None), {}
+    table = Table("operation", *BACKENDS, box=None)
+    missing: dict[str, None] = {}
     for operation in _chosen(names):
         reasons = [operation.unusable(backend) for backend in BACKENDS]
         missing |= {reason: None for reason in reasons if reason and reason.startswith("not installed")}
         table.add_row(operation.name, *("yes" if r is None else r.partition(":")[0] for r in reasons))
-    console = Console(width=None)
+    console = Console()
     console.print(table)
     for reason in missing:
         console.print(reason, markup=False, highlight=False)
@@ -64,7 +65,7 @@ def bench(
     names: Names = None,
     save: Annotated[bool, typer.Option("--save", help="Let these times decide from now on, for this user.")] = False,
 ) -> None:
-    """Time implementations on this GPU, beside the definition as it stands and compiled, and what the hardware allows."""
+    """Time implementations on this GPU, beside their definition as it is and compiled, and what the hardware allows."""
     import torch
 
     from treadle.errors import ConfigError

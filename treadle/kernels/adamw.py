@@ -1,4 +1,4 @@
-"""One step of AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) on one tensor, in place, gradient clipping included."""
+"""One step of AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) on one tensor, in place, with clipping."""
 
 import math
 from typing import Any

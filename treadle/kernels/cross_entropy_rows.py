@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Softmax cross entropy of logits that are there, and its gradient in their place: a Triton kernel, one row a program.
 
 A row of 128k logits is 256 KiB: with one program on each multiprocessor the rows under way stay in the L2 cache, so
@@ -19,7 +20,7 @@ def cross_entropy_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_cross_entropy._loss_and_gradient`, whose result it has, but the logits are overwritten if need be."""
     C, V = logits_CV.shape
-    loss_C, penalty_C = torch.empty(2, C, dtype=torch.float32, device=logits_CV.device)
+    loss_C, penalty_C = torch.empty(2, C, dtype=torch.float32, device=logits_CV.device).unbind()
     _rows[(C,)](
         logits_CV,
         targets_C,

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Rows of a mixture in Triton: a program takes a token, whose row is read or written once however many experts it has."""
+"""Rows of a mixture in Triton: a program takes a token, whose row is read or written once for all of its experts."""
 
 from typing import Any
 

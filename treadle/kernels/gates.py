@@ -72,7 +72,7 @@ class _Gated(autograd.Function):
 
 ALL: tuple[GatedActivation, ...] = (*get_args(Activation), "clamped_silu")
 # The first number picks the activation.
-CHECKED = tuple((i, 5, 3, 2 * 200) for i in range(len(ALL))) + ((ALL.index("silu"), 2, 2 * 4096),)
+CHECKED = (*((i, 5, 3, 2 * 200) for i in range(len(ALL))), (ALL.index("silu"), 2, 2 * 4096))
 TIMED = tuple((ALL.index("silu"), 16384, 2 * dim) for dim in (4096, 8192, 14336))
 
 

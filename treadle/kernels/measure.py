@@ -106,12 +106,12 @@ def bench(operation: Operation, rates: Floor, *, quick: bool = False) -> Iterato
                 sets.append(operation.arguments(shape, dtype, "cuda"))
             calls = {"compiled": [_bound(torch.compile(operation.reference, dynamic=False), args) for args in sets]}
             calls[TORCH] = [_eager(operation, args) for args in sets]
-            found = {name: _microseconds(call, quick) for name, call in calls.items()}
+            found = {name: microseconds(call, quick) for name, call in calls.items()}
             operator = getattr(torch.ops.treadle, operation.name)
             for backend in BACKENDS:
                 if operation.unusable(backend, *args) is None:
                     with use(**{operation.name: backend}):
-                        found[backend] = _microseconds([_bound(operator, args) for args in sets], quick)
+                        found[backend] = microseconds([_bound(operator, args) for args in sets], quick)
             compiled = found.pop("compiled")
             least = 1e6 * max(floor.bytes / rates.bytes, floor.flops / rates.flops)
             name, (rows, columns) = tables.dtype_name(args[0]), tables.size(args[0])
@@ -123,8 +123,8 @@ def machine_rates() -> Floor:
     a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
     x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    copy = _microseconds([lambda: b.copy_(a)], False)
-    matmul = _microseconds([lambda: x @ x], False)
+    copy = microseconds([lambda: b.copy_(a)])
+    matmul = microseconds([lambda: x @ x])
     return Floor(2 * a.numel() / copy * 1e6, 2 * 8192**3 / matmul * 1e6)
 
 
@@ -155,7 +155,7 @@ def _eager(operation: Operation, args: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
 
-def _microseconds(calls: list[Callable[[], Any]], quick: bool) -> float:
+def microseconds(calls: list[Callable[[], Any]], quick: bool = False) -> float:
     """Of one call, the median of several bursts."""
     for call in calls[:3]:
         call()

@@ -202,7 +202,7 @@ def _layer_norm_backward_arguments(shape: Shape, dtype: torch.dtype, device: str
 def _layer_norm_pieces(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Any, tuple[Tensor, ...], Any]:
-    return lambda *inputs: _layer_norm(*inputs, eps), (x, weight, torch.zeros_like(weight)), dy
+    return lambda x, weight, bias: _layer_norm(x, weight, bias, eps), (x, weight, torch.zeros_like(weight)), dy
 
 
 LAYER_NORM = Operation(

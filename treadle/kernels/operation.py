@@ -101,7 +101,9 @@ class Operation:
         return choose(self, *args).backend != TORCH
 
     def implementation(self, backend: str) -> Callable[..., Any]:
-        return self.reference if backend == TORCH else getattr(_module(self.module, backend), self.name)  # type: ignore[no-any-return]
+        if backend == TORCH:
+            return lambda *args: _contiguous(self.reference(*args))
+        return getattr(_module(self.module, backend), self.name)  # type: ignore[no-any-return]
 
     def unusable(self, backend: str, *args: Any) -> str | None:
         """Why a backend cannot compute this; None if it can. Without arguments: whether it could compute any."""
@@ -125,6 +127,13 @@ class Operation:
         """The positions of arguments that it changes in place."""
         arguments = getattr(torch.ops.treadle, self.name).default._schema.arguments
         return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _contiguous(results: Any) -> Any:
+    """As `fake` promises it."""
+    if results is None or isinstance(results, Tensor):
+        return None if results is None else results.contiguous()
+    return tuple(x.contiguous() for x in results)
 
 
 _KEY = "CompositeExplicitAutograd"  # one implementation for all devices, and no gradient

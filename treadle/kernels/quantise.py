@@ -11,7 +11,7 @@ LARGEST = 448.0  # of float8_e4m3fn
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x of which each row is divided by a scale of its own, so that its largest number becomes 448: q * scale is near x.
+    """x of which each row is divided by a scale of its own, so that its largest becomes 448: x is near q * scale.
 
     x_..D -> q_..D in float8_e4m3fn, scale_.. in float32. For blocks of 128 (DeepSeek-V3, arXiv:2412.19437) take
     x.unflatten(-1, (-1, 128)). No gradient: what is multiplied with it forms its own.

@@ -1,4 +1,4 @@
-"""Triton's interpreter, put right: it runs kernels on the CPU, but rounds bf16 and fp8 wrong, and has no loops with numpy 2.4.
+"""Triton's interpreter, put right: it runs kernels on the CPU, but rounds bf16 and fp8 wrong, and fails with numpy 2.4.
 
 Run as a script it checks operations: python interpreter.py rms_norm ... . Tests call it in a process of its own, since
 TRITON_INTERPRET has to be set before Triton is imported, and no kernel can be compiled in such a process.
