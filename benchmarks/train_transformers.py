@@ -48,8 +48,9 @@ def main() -> None:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     step = statistics.median(seconds[a.warmup :])
+    name = f"transformers {transformers.__version__}{', compiled' if a.compile else ''}"
     print(
-        f"| {torch.cuda.get_device_name()} | transformers {transformers.__version__}{', compiled' if a.compile else ''} | "
+        f"| {torch.cuda.get_device_name()} | {name} | "
         f"batch {a.batch} | {a.batch * a.length / step:,.0f} tokens/s | "
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB |"
     )

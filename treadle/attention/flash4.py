@@ -84,7 +84,7 @@ def _options(boundaries_N: Tensor | None, longest: int, scale: float, window: in
     return found
 
 
-@torch.library.custom_op("treadle::flash4", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("treadle::flash4", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, boundaries_N: Tensor | None, longest: int, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def _forward_fake(
     return out, out.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3], dtype=torch.float32)
 
 
-@torch.library.custom_op("treadle::flash4_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("treadle::flash4_backward", mutates_args=())
 def _backward(
     dout: Tensor,
     q: Tensor,
