@@ -92,7 +92,7 @@ def test_selective_keeps_attention_and_every_other_matmul(mode, attentions, matm
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_layers_equal_eager_ones(mode):
     loss, expected = run(model_with("none"))
-    compiled_loss, found = run(model_with(mode, backend="aot_eager"))
+    compiled_loss, found = run(model_with(mode, backend="aot_eager_decomp_partition"))
     torch.testing.assert_close(compiled_loss, loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
