@@ -5,7 +5,17 @@ from treadle.kernels.expert_rows import combine_rows, spread_rows
 from treadle.kernels.gates import gated_activation
 from treadle.kernels.log_probabilities import log_probabilities
 from treadle.kernels.norms import add_rms_norm, layer_norm, rms_norm
-from treadle.kernels.operation import BACKENDS, OPERATIONS, Choice, Floor, Operation, choose, explain, use
+from treadle.kernels.operation import (
+    BACKENDS,
+    OPERATIONS,
+    Choice,
+    Floor,
+    Operation,
+    choose,
+    explain,
+    name_from_environment,
+    use,
+)
 from treadle.kernels.quantise import quantise_rows
 from treadle.kernels.rope import rope
 
@@ -29,3 +39,5 @@ __all__ = [
     "spread_rows",
     "use",
 ]
+
+name_from_environment()

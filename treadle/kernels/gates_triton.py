@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treadle.kernels.launch import rows_of
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 2048, 8
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-PER_THREAD = 16  # numbers of a row that a thread holds: two loads of 16 bytes in bf16
+PER_THREAD = 32  # numbers of a row that a thread holds: four loads of 16 bytes in bf16
 TILE = 4096  # numbers of a program, where rows are shorter: enough loads under way to hide their latency
 
 
@@ -19,15 +19,15 @@ def power_of_two(x: int) -> int:
     return 1 << max(0, x - 1).bit_length()
 
 
-def blocks(columns: int) -> tuple[int, int, int]:
+def blocks(columns: int, tile: int = TILE, per_thread: int = PER_THREAD) -> tuple[int, int, int]:
     """Rows of a program, the numbers it holds of each (a power of two), and its warps."""
     block = power_of_two(columns)
-    rows = max(1, TILE // block)
-    return rows, block, max(1, min(32, rows * block // (PER_THREAD * 32)))
+    rows = max(1, tile // block)
+    return rows, block, max(1, min(32, rows * block // (per_thread * 32)))
 
 
 def programs(x: Tensor, tiles: int, warps: int) -> int:
-    """As many programs as the device runs at once, each with many tiles to go through, or one for each tile."""
+    """As many programs as fill half of each multiprocessor, that go through many tiles; or one for each tile."""
     if not x.is_cuda:
         return min(tiles, 3)
     return min(tiles, _processors(x.device) * max(1, 32 // warps))

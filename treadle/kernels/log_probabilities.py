@@ -68,6 +68,7 @@ LOG_PROBABILITIES = Operation(
     schema="(Tensor logits, Tensor tokens, float temperature) -> (Tensor logp, Tensor lse)",
     module=__name__,
     reference=lambda x, tokens, temperature: (_log_probabilities(x, tokens, temperature), _lse(x, temperature)),
+    plain=_log_probabilities,
     fake=_fake,
     floor=lambda x, tokens, temperature: Floor(nbytes(x, tokens, tokens), 4 * x.numel()),
     arguments=_arguments,

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 4096, 16
+BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -62,6 +63,7 @@ def log_probabilities_backward(
 ) -> Tensor:
     logits, (T, V) = logits.contiguous(), logits.shape
     dx = torch.empty_like(logits)
-    grid = (T, triton.cdiv(V, BLOCK))
-    _backward[grid](dlogp.contiguous(), logits, tokens, lse, dx, V, temperature, BLOCK=BLOCK, num_warps=WARPS)
+    sizes = {"BLOCK": BACKWARD_BLOCK, "num_warps": BACKWARD_WARPS}
+    grid = (T, triton.cdiv(V, BACKWARD_BLOCK))
+    _backward[grid](dlogp.contiguous(), logits, tokens, lse, dx, V, temperature, **sizes)
     return dx

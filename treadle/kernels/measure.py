@@ -104,7 +104,8 @@ def bench(operation: Operation, rates: Floor, *, quick: bool = False) -> Iterato
             sets = [args]
             while len(sets) * floor.bytes < ROTATED and len(sets) < 64 and not quick:
                 sets.append(operation.arguments(shape, dtype, "cuda"))
-            calls = {"compiled": [_bound(torch.compile(operation.reference, dynamic=False), args) for args in sets]}
+            compiled = torch.compile(operation.plain or operation.reference, dynamic=False)
+            calls = {"compiled": [_bound(compiled, args) for args in sets]}
             calls[TORCH] = [_eager(operation, args) for args in sets]
             found = {name: microseconds(call, quick) for name, call in calls.items()}
             operator = getattr(torch.ops.treadle, operation.name)
@@ -112,10 +113,9 @@ def bench(operation: Operation, rates: Floor, *, quick: bool = False) -> Iterato
                 if operation.unusable(backend, *args) is None:
                     with use(**{operation.name: backend}):
                         found[backend] = microseconds([_bound(operator, args) for args in sets], quick)
-            compiled = found.pop("compiled")
             least = 1e6 * max(floor.bytes / rates.bytes, floor.flops / rates.flops)
             name, (rows, columns) = tables.dtype_name(args[0]), tables.size(args[0])
-            yield tables.Row(operation.name, name, rows, columns, round(least, 2), compiled, found)
+            yield tables.Row(operation.name, name, rows, columns, round(least, 2), found.pop("compiled"), found)
 
 
 def machine_rates() -> Floor:
@@ -148,7 +148,7 @@ def _bound(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], 
 def _eager(operation: Operation, args: tuple[Any, ...]) -> Callable[[], Any]:
     """PyTorch without a compiler; of a backward, only what follows when the forward has been computed."""
     if not isinstance(operation.reference, Gradient):
-        return _bound(operation.reference, args)
+        return _bound(operation.plain or operation.reference, args)
     function, inputs, grads = operation.reference.pieces(*args)
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)

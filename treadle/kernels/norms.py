@@ -28,6 +28,10 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float
     """x + y, and its norm.  x_..D, y_..D -> normed_..D, sum_..D"""
     if weight.ndim == 1 and ADD_RMS_NORM.worthwhile(x, y, weight, eps, offset):
         return _AddRMSNorm.apply(x, y, weight, eps, offset)  # type: ignore[no-any-return]
+    return _add_rms_norm(x, y, weight, eps, offset)
+
+
+def _add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     total = x + y
     return rms_norm_definition(total, weight, eps, offset), total
 
@@ -144,6 +148,7 @@ RMS_NORM = Operation(
     schema="(Tensor x, Tensor weight, float eps, float offset) -> (Tensor y, Tensor rstd)",
     module=__name__,
     reference=lambda x, weight, eps, offset: (rms_norm_definition(x, weight, eps, offset), _inverse_root(x, eps)),
+    plain=rms_norm_definition,
     fake=lambda x, weight, eps, offset: (x.new_empty(x.shape), _fake_rows(x)),
     floor=lambda x, weight, eps, offset: Floor(nbytes(x, x, weight) + 4 * x[..., 0].numel(), 4 * x.numel()),
     arguments=_rms_norm_arguments,
@@ -156,10 +161,10 @@ ADD_RMS_NORM = Operation(
     schema="(Tensor x, Tensor y, Tensor weight, float eps, float offset) -> (Tensor normed, Tensor sum, Tensor rstd)",
     module=__name__,
     reference=lambda x, y, weight, eps, offset: (
-        rms_norm_definition(x + y, weight, eps, offset),
-        x + y,
+        *_add_rms_norm(x, y, weight, eps, offset),
         _inverse_root(x + y, eps),
     ),
+    plain=_add_rms_norm,
     fake=lambda x, y, weight, eps, offset: (x.new_empty(x.shape), x.new_empty(x.shape), _fake_rows(x)),
     floor=lambda x, y, weight, eps, offset: Floor(
         2 * nbytes(x, y) + nbytes(weight) + 4 * x[..., 0].numel(), 5 * x.numel()
@@ -210,6 +215,7 @@ LAYER_NORM = Operation(
     schema="(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     module=__name__,
     reference=lambda x, weight, bias, eps: (_layer_norm(x, weight, bias, eps), *_moments(x, eps)),
+    plain=_layer_norm,
     fake=lambda x, weight, bias, eps: (x.new_empty(x.shape), _fake_rows(x), _fake_rows(x)),
     floor=lambda x, weight, bias, eps: Floor(nbytes(x, x, weight, bias) + 8 * x[..., 0].numel(), 7 * x.numel()),
     arguments=_layer_norm_arguments,

@@ -16,6 +16,7 @@ from torch import Tensor
 from treadle.kernels.launch import blocks, programs, rows_of
 
 WIDEST = 32768
+BACKWARD = 2048, 8  # numbers of a program, at least, and of a thread: fewer, with up to five rows of numbers to hold
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Any]:
     dy, x_ND, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
     rows, columns = x_ND.shape
-    ROWS, BLOCK, warps = blocks(columns)
+    ROWS, BLOCK, warps = blocks(columns, *BACKWARD)
     tiles = triton.cdiv(rows, ROWS)
     count = programs(x, tiles, warps)
     dx, parts = x.new_empty(x.shape), x.new_empty(count, columns, dtype=torch.float32)

@@ -35,6 +35,9 @@ BACKENDS = {  # in the order in which they are taken where nothing was measured;
 }
 OPERATIONS: dict[str, "Operation"] = {}
 
+# Bytes of a call from which on, unmeasured, a kernel of ours is taken: what a GPU moves while the host launches one.
+UNMEASURED = 128e6
+
 Shape = tuple[int, ...]
 
 _library = Library("treadle", "FRAGMENT")
@@ -71,8 +74,8 @@ class Operation:
     floor: bytes and FLOPs of a call.
     arguments: random arguments of a shape, for checks and timings: (shape, dtype, device) -> args.
     checked, timed: such shapes, small and odd ones to check (in dtypes), those of training to time (in timed_dtypes).
-    compiled: whether it is worth calling from compiled code, where PyTorch's compiler would fuse the definition with
-        what is around it.
+    plain: what takes its place where it is not worthwhile, if that is less than the definition (which also returns
+        what the backward wants to know).
     """
 
     name: str
@@ -86,7 +89,7 @@ class Operation:
     timed: tuple[Shape, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     timed_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    compiled: bool = False
+    plain: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
@@ -95,9 +98,13 @@ class Operation:
         torch.library.register_fake(f"treadle::{self.name}", self.fake, lib=_library)
 
     def worthwhile(self, *args: Any) -> bool:
-        """Whether to call the operator. If not, the definition takes its place, and PyTorch differentiates that."""
+        """Whether to call the operator. If not, the definition takes its place, and PyTorch differentiates that.
+
+        In compiled code the definition is better unless a backend was named: the compiler fuses it with what is around
+        it, and does not keep what it can compute again.
+        """
         if torch.compiler.is_compiling():
-            return (self.compiled and args[0].is_cuda) or _named(self.name) not in (None, TORCH)
+            return _named(self.name) not in (None, TORCH)
         return choose(self, *args).backend != TORCH
 
     def implementation(self, backend: str) -> Callable[..., Any]:
@@ -197,7 +204,9 @@ def _choose(operation: Operation, *args: Any) -> Choice:
     able = [name for name in BACKENDS if operation.unusable(name, *args) is None]
     row = tables.nearest_row(operation.name, args[0])
     if row is None:
-        return Choice(able[0] if able else TORCH, "nothing was measured on this device")
+        large = operation.floor(*args).bytes >= UNMEASURED
+        reason = f"nothing was measured, and the call is {'large' if large else 'small'}"
+        return Choice(able[0] if able and large else TORCH, reason)
     fastest = min((name for name in row.microseconds if name in (TORCH, *able)), key=row.microseconds.__getitem__)
     return Choice(fastest, f"the fastest at {row.rows} x {row.columns}: {row.microseconds[fastest]:.1f} us")
 

@@ -116,6 +116,27 @@ def test_fastest_of_the_nearest_measurement(
     assert kernels.explain(toy, x, 3.0)[chosen].startswith("used: the fastest at")
 
 
+@pytest.mark.parametrize(("rows", "chosen"), [(4, "torch"), (1_000_000, "triton")])
+def test_unmeasured_calls_go_by_their_size(
+    toy: kernels.Operation, backend: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: int, chosen: str
+) -> None:
+    monkeypatch.setattr(tables, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(tables, "load", lambda architecture: ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x = torch.empty(rows, 64).as_subclass(OnGPU)
+    assert kernels.choose(toy, x, 3.0).backend == chosen
+
+
+def test_shipped_table() -> None:
+    """Every row is of an operation that exists, and no time is below what the hardware allows."""
+    shipped = tables.read(tables.SHIPPED / "sm_90.json")
+    assert shipped
+    for measured in shipped:
+        assert measured.operation in kernels.OPERATIONS
+        assert min(measured.microseconds.values()) > 0.98 * measured.floor
+        assert {"torch", "triton"} <= set(measured.microseconds)
+
+
 def test_table_on_disk(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tables.user_table("sm_00")

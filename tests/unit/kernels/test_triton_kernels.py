@@ -10,7 +10,10 @@ import pytest
 
 from treadle import kernels
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install 'treadle[triton]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install 'treadle[triton]'"),
+]
 HERE = Path(__file__).parent
 WRITTEN = sorted(n for n, o in kernels.OPERATIONS.items() if find_spec("triton") and o.unusable("triton") is None)
 
