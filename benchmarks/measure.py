@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def measure(
     built = build_model(config.model, training, seed=0, mesh=mesh, parallel=config.parallel)
     state = build_state(built, AdamWConfig(lr=1e-4), training)
     clock = Clock(warmup)
-    loop = Loop(state, training, ConstantConfig(warmup=warmup), cross_entropy, [clock], mesh=mesh)
+    loss = partial(cross_entropy, attention=training.attention)
+    loop = Loop(state, training, ConstantConfig(warmup=warmup), loss, [clock], mesh=mesh)
     loop.run(random_batches(config, mesh, training.steps, document=document, skew=skew))
     phases, seconds, losses = loop.watch.read(), statistics.median(clock.seconds), clock.losses.copy()
     spread = (max(clock.seconds) - min(clock.seconds)) / seconds

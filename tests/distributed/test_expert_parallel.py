@@ -16,7 +16,7 @@ from treadle.errors import ConfigError
 from treadle.parallel.compile import compile_layers
 from treadle.parallel.config import ParallelConfig, check_layout
 from treadle.parallel.expert import Flight, by_expert
-from treadle.parallel.gradients import clip_gradients, gradient_norm
+from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.shards import copy_whole
 from treadle.train.checkpoint import Checkpointer
@@ -89,7 +89,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, Any]:
             found["metrics"] = {name: value.item() for name, value in result.metrics.items()}
             found["norm"] = norm.item()
         found["losses"].append(result.loss.item())
-        clip_gradients(built.parameters(), 0.5, norm)
+        optimizers.clip(0.5, norm)
         optimizers.step()
         optimizers.zero_grad()
         balance(built, result.loads)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, attend, choose
+from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, attend, choose, flash4
 from treadle.attention.context_parallel import in_rank_order
 from treadle.attention.parts import Parts
 from treadle.config import resolve
@@ -20,6 +20,7 @@ from treadle.nn.latent_attention import LatentAttention, LatentAttentionConfig
 from treadle.nn.position import RopeConfig
 from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.mesh import Mesh
+from treadle.train.adamw import AdamW
 from treadle.train.checkpoint import Checkpointer
 from treadle.train.config import CheckpointConfig, TrainingConfig
 from treadle.train.loop import Callback, Loop, StepRecord
@@ -34,6 +35,7 @@ CUDA = torch.device("cuda")
 CASES = {
     "sdpa": [{}, {"window": 65}, {"alibi": True}, {"sinks": True}, {"alibi": True, "sinks": True, "window": 65}],
     "flash": [{}, {"window": 1}, {"window": 65}, {"scale": 0.3}],
+    "flash4": [{}, {"window": 1}, {"window": 65}, {"scale": 0.3}],
     "flex": [
         {},
         {"window": 65},
@@ -85,6 +87,32 @@ def test_attention_equals_float64(
         assert relative(got, exact) < 8e-3
 
 
+def test_adamw_with_clipping_equals_float64() -> None:
+    """Tensors that a kernel of their own steps, and small ones."""
+    torch.manual_seed(0)
+    shapes, (beta1, beta2), lr, eps = ((300, 400), (7,), (513, 129)), (0.9, 0.95), 1e-2, 1e-8
+    parameters = [torch.nn.Parameter(torch.randn(*shape, device=CUDA)) for shape in shapes]
+    exact = [(p.detach().double(), 0.0, 0.0) for p in parameters]
+    optimizer = AdamW(parameters, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.1, fused=True)
+    for step in (1, 2, 3):
+        factor = torch.tensor(0.3 * step, device=CUDA)
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.randn_like(parameter)
+            grad, (p, mean, square) = parameter.grad.double() * factor.double(), exact[index]
+            mean, square = beta1 * mean + (1 - beta1) * grad, beta2 * square + (1 - beta2) * grad**2
+            update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
+            exact[index] = (p * (1 - lr * 0.1) - lr * update, mean, square)
+        optimizer.factor = factor
+        optimizer.step()
+        assert optimizer.factor is None
+    for parameter, (p, mean, square) in zip(parameters, exact, strict=True):
+        state = optimizer.state[parameter]
+        assert relative(parameter.detach(), p) < 1e-6
+        assert relative(state["exp_avg"], mean) < 1e-6
+        assert relative(state["exp_avg_sq"], square) < 1e-6
+        assert state["step"].item() == 3
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("order", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("fact", [{}, {"window": 65}, {"softcap": 5.0}, {"alibi": 1.0, "sinks": True}])
@@ -120,9 +148,10 @@ def test_the_measured_choice() -> None:
     q = torch.zeros(1, 256, 4, 64, device=CUDA, dtype=torch.bfloat16)
     plain = AttentionContext.causal(1, 256, device=CUDA)
     packed = AttentionContext.packed(torch.zeros(1, 256, device=CUDA, dtype=torch.int32))
-    assert choose(q, AttentionFacts(), plain) == "sdpa"
-    assert choose(q, AttentionFacts(), packed) == "flash"
-    assert choose(q, AttentionFacts(window=9), plain) == "flash"
+    best = flash4.unsupported(q, AttentionFacts(), plain) is None
+    assert choose(q, AttentionFacts(), plain) == "flash4" if best else "sdpa"
+    assert choose(q, AttentionFacts(), packed) == "flash4" if best else "flash"
+    assert choose(q, AttentionFacts(window=9), plain) == "flash4" if best else "flash"
     assert choose(q, AttentionFacts(softcap=5.0), plain) == "flex"
     assert choose(q.float(), AttentionFacts(), packed) == "flex"
     assert choose(q, AttentionFacts(alibi=True), plain) == "flex"

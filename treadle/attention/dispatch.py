@@ -8,14 +8,20 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from treadle.attention import context_parallel, flash, flex, reference, sdpa
+from treadle.attention import context_parallel, flash, flash4, flex, reference, sdpa
 from treadle.attention.context import AttentionContext
 from treadle.attention.facts import AttentionFacts
 from treadle.attention.paged import PagedCache, by_rows, gather
 from treadle.config.base import nearest
 from treadle.errors import ConfigError
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "flash": flash, "flex": flex}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "flash": flash,
+    "flash4": flash4,
+    "flex": flex,
+}
 
 
 def attend(
@@ -103,5 +109,5 @@ def tables(
 def _preference(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext) -> tuple[str, ...]:
     """Fastest first. On CUDA a dense mask costs quadratic memory, so sdpa with one comes after flash and flex."""
     if q_BSHK.device.type == "cuda" and not sdpa.is_plain(q_BSHK.shape[1], facts, context):
-        return "flash", "flex", "sdpa", "reference"
-    return "sdpa", "flash", "flex", "reference"
+        return "flash4", "flash", "flex", "sdpa", "reference"
+    return "flash4", "sdpa", "flash", "flex", "reference"

@@ -1,0 +1,43 @@
+"""Operations with kernels of their own. Blocks call these; docs/kernels.md tells which implementation runs."""
+
+from treadle.kernels.adamw import adamw_step
+from treadle.kernels.expert_rows import combine_rows, spread_rows
+from treadle.kernels.gates import gated_activation
+from treadle.kernels.log_probabilities import log_probabilities
+from treadle.kernels.norms import add_rms_norm, layer_norm, rms_norm
+from treadle.kernels.operation import (
+    BACKENDS,
+    OPERATIONS,
+    Choice,
+    Floor,
+    Operation,
+    choose,
+    explain,
+    name_from_environment,
+    use,
+)
+from treadle.kernels.quantise import quantise_rows
+from treadle.kernels.rope import rope
+
+__all__ = [
+    "BACKENDS",
+    "OPERATIONS",
+    "Choice",
+    "Floor",
+    "Operation",
+    "adamw_step",
+    "add_rms_norm",
+    "choose",
+    "combine_rows",
+    "explain",
+    "gated_activation",
+    "layer_norm",
+    "log_probabilities",
+    "quantise_rows",
+    "rms_norm",
+    "rope",
+    "spread_rows",
+    "use",
+]
+
+name_from_environment()

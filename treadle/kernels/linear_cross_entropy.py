@@ -117,13 +117,8 @@ def _loss_and_gradient(
     if not need_gradient:
         return loss, penalty, logits_CV
     softmax_scale_C1 = torch.where(counts_C, 1 + 2 * z_loss * lse_C, 0.0)[:, None]
-    if torch.compiler.is_compiling():  # a comparison fuses into the one pass over the logits
-        columns_V = torch.arange(z_CV.shape[1], device=z_CV.device)
-        hit_CV = (columns_V[None, :] == index_C1) & counts_C[:, None]
-        dz_CV = (z_CV - lse_C[:, None]).exp() * softmax_scale_C1 - hit_CV.to(z_CV.dtype)
-    else:  # eagerly each operation is a pass of its own
-        dz_CV = (z_CV - lse_C[:, None]).exp_().mul_(softmax_scale_C1)
-        dz_CV.scatter_add_(1, index_C1, -counts_C[:, None].to(dz_CV.dtype))
+    dz_CV = (z_CV - lse_C[:, None]).exp_().mul_(softmax_scale_C1)
+    dz_CV.scatter_add_(1, index_C1, -counts_C[:, None].to(dz_CV.dtype))
     if softcap is not None and tanh_CV is not None:
         dz_CV = dz_CV * (1 - tanh_CV.square())
     return loss, penalty, dz_CV.to(logits_CV.dtype)
@@ -131,5 +126,9 @@ def _loss_and_gradient(
 
 @functools.cache
 def _chunk_step(device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """On a GPU the chain above is compiled into two passes over the logits; on a CPU it runs as it stands."""
-    return torch.compile(_loss_and_gradient, dynamic=False) if device == "cuda" else _loss_and_gradient
+    """On a GPU one kernel that overwrites the logits (`cross_entropy_rows`); on a CPU the chain above."""
+    if device != "cuda":
+        return _loss_and_gradient
+    from treadle.kernels.cross_entropy_rows import cross_entropy_rows  # Triton is where GPUs are
+
+    return cross_entropy_rows

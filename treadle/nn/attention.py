@@ -14,7 +14,8 @@ from treadle.attention import AttentionContext, AttentionFacts, TokenCache, atte
 from treadle.config.base import key_error
 from treadle.nn.config import MixerConfig, NormConfig, PositionConfig
 from treadle.nn.linear import Linear
-from treadle.nn.position import AlibiConfig, RopeConfig
+from treadle.nn.norm import RMSNorm
+from treadle.nn.position import AlibiConfig, Rope, RopeConfig
 
 
 class AttentionConfig(MixerConfig):
@@ -95,6 +96,7 @@ class Attention(nn.Module):
                 for heads in (self.heads, self.kv_heads)
             )
         self.position = config.position.build(self.head_dim, max_length) if config.position else None
+        self.norm_then_turn = config.qk_norm_over == "head" and isinstance(self.position, Rope)
         self.sinks = nn.Parameter(torch.empty(self.heads)) if config.sinks else None
         self.out = Linear(self.heads * self.head_dim, model_dim, bias=config.output_bias)
 
@@ -103,18 +105,28 @@ class Attention(nn.Module):
         if self.clip is not None:
             qkv_BSNK = qkv_BSNK.clamp(-self.clip, self.clip)
         q_BSHK, k_BSGK, v_BSGK = qkv_BSNK.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
+        norms = self.norms_with_position
+        if norms is None and self.q_norm is not None and self.k_norm is not None:
             if self.norm_all:
                 q_BSHK, k_BSGK = q_BSHK.flatten(-2), k_BSGK.flatten(-2)
             q_BSHK, k_BSGK = self.q_norm(q_BSHK), self.k_norm(k_BSGK)
             if self.norm_all:
                 q_BSHK, k_BSGK = (x.unflatten(-1, (-1, self.head_dim)) for x in (q_BSHK, k_BSGK))
         if self.position is not None:
-            q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, context)
+            extra = () if norms is None else (norms,)
+            q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, context, *extra)
+            v_BSGK = v_BSGK.contiguous()  # as a part of qkv it would keep all of that for the backward
         k_BTGK, v_BTGK = k_BSGK, v_BSGK
         if context.cache is not None:
             k_BTGK, v_BTGK = context.cache.append(k_BSGK, v_BSGK)
         return self.out(attend(q_BSHK, k_BTGK, v_BTGK, self.facts, context, self.sinks).flatten(-2))
+
+    @property
+    def norms_with_position(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """Norms of queries and keys that are taken in one pass with the rotation that follows."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        fused = self.norm_then_turn and isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm)
+        return (q_norm, k_norm) if fused else None  # type: ignore[return-value]
 
     def mixing_flops(self, length: float) -> float:
         """Forward FLOPs per token of scores and weighted sum, causal, at sequences of `length` tokens."""

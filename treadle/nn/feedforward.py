@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from treadle.nn.activation import Activation, GatedActivation, activate, gated
+from treadle.kernels.gates import Activation, GatedActivation, activate, gated_activation
 from treadle.nn.config import FeedForwardConfig
 from treadle.nn.linear import Linear
 
@@ -60,5 +60,4 @@ class Gated(nn.Module):
         self.down = Linear(config.dim, model_dim, bias=config.bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        gate_BSF, up_BSF = self.gate_up(x_BSD).chunk(2, dim=-1)
-        return self.down(gated(gate_BSF, up_BSF, self.activation))
+        return self.down(gated_activation(self.gate_up(x_BSD), self.activation))

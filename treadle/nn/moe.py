@@ -14,9 +14,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, autograd, nn
 
+from treadle import kernels
 from treadle.config.base import key_errors
+from treadle.kernels.gates import GatedActivation, gated_activation
 from treadle.kernels.grouped_linear import Implementation
-from treadle.nn.activation import GatedActivation, gated
 from treadle.nn.config import FeedForwardConfig, RouterConfig
 from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.router import Routing, SoftmaxRouterConfig
@@ -120,12 +121,9 @@ class MoE(nn.Module):
         if self.capacity is not None:
             capacity = math.ceil(self.capacity * T * K / self.experts)
         order_N, inverse_N, counts_E, kept_E = sort_rows(routing.experts_TK, self.experts, capacity)
-        sent = self.send(_Rows.apply(x_TD, order_N, inverse_N), kept_E)
+        sent = self.send(kernels.spread_rows(x_TD, order_N, inverse_N), kept_E)
         shared_TD = self.shared_output(x_TD)  # here, because rows may be on their way to other processes meanwhile
-        out_ND = self.receive(sent)
-        out_KTD = _Rows.apply(out_ND, inverse_N, order_N).view(K, T, -1)
-        weights_KT1 = routing.weights_TK.t()[..., None].to(x_TD.dtype)
-        y_TD = (out_KTD * weights_KT1).sum(0)
+        y_TD = kernels.combine_rows(self.receive(sent), routing.weights_TK, order_N, inverse_N)
         return y_TD if shared_TD is None else y_TD + shared_TD, counts_E, (counts_E - kept_E).sum()
 
     def send(self, rows_ND: Tensor, kept_E: Tensor) -> Any:
@@ -142,8 +140,8 @@ class MoE(nn.Module):
     def compute(self, rows_ND: Tensor, rows_E: Tensor, *, tail: bool) -> Tensor:
         """The experts' outputs for rows that are sorted by expert, `rows_E` for each; tail: more rows follow."""
         ends_E = rows_E.cumsum(0).to(torch.int32)
-        gate_NF, up_NF = self.gate_up(rows_ND, ends_E, tail=tail).chunk(2, dim=-1)
-        return self.down(gated(gate_NF, up_NF, self.activation), ends_E, tail=tail)  # type: ignore[no-any-return]
+        hidden_NF = gated_activation(self.gate_up(rows_ND, ends_E, tail=tail), self.activation)
+        return self.down(hidden_NF, ends_E, tail=tail)  # type: ignore[no-any-return]
 
     def shared_output(self, x_TD: Tensor) -> Tensor | None:
         if self.shared is None:
@@ -178,22 +176,6 @@ def sort_rows(experts_TK: Tensor, experts: int, capacity: int | None) -> tuple[T
         order_N = order_N[torch.where(place_N < capacity, sorted_N, experts).argsort(stable=True)]
     inverse_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
     return order_N, inverse_N, counts_E, kept_E
-
-
-class _Rows(autograd.Function):
-    """Rows of x, repeated as often as the order is longer than x, in that order. Its backward gathers too, where
-    PyTorch's would add rows one by one, in no fixed order on a GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_N)
-        ctx.rows = x_TD.shape[0]
-        return x_TD.index_select(0, order_N % x_TD.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (inverse_N,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse_N).view(-1, ctx.rows, grads[0].shape[1]).sum(0), None, None
 
 
 class _Attach(autograd.Function):

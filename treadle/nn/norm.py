@@ -3,10 +3,10 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from treadle import kernels
 from treadle.nn.config import NormConfig
 
 # A norm is built with (dim), or with (dim, heads): then x_..HD has a weight for each head, and each is normed alone.
@@ -21,10 +21,7 @@ class RMSNormConfig(NormConfig):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32, of a weight that has x's dtype.  x_..D -> y_..D
-
-    With an offset the factor stays in float32, as Gemma's: rounded to bf16, a weight near zero would lose its digits.
-    """
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), in float32; see `treadle.kernels.rms_norm`.  x_..D -> y_..D"""
 
     roles = {"weight": "norm"}
 
@@ -34,15 +31,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full(_shape(dim, heads), 1.0 - self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.offset == 0.0:
-            return self._norm(x, self.weight.to(x.dtype))
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return self._norm(x.to(wide), self.weight.to(x.dtype).to(wide) + self.offset).to(x.dtype)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        if weight.ndim == 2:
-            return F.rms_norm(x, weight.shape[1:], None, self.eps) * weight
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class LayerNormConfig(NormConfig):
@@ -61,17 +50,12 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: LayerNormConfig, dim: int, heads: int | None = None):
         super().__init__()
-        self.eps, self.dim = config.eps, dim
+        self.eps = config.eps
         self.weight = nn.Parameter(torch.ones(_shape(dim, heads))) if config.weight else None
         self.bias = nn.Parameter(torch.zeros(_shape(dim, heads))) if config.weight and config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if weight is not None and weight.ndim == 2:
-            scaled = F.layer_norm(x, (self.dim,), eps=self.eps) * weight
-            return scaled if bias is None else scaled + bias
-        return F.layer_norm(x, (self.dim,), weight, bias, self.eps)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def _shape(dim: int, heads: int | None) -> tuple[int, ...]:

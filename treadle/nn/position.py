@@ -10,11 +10,12 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from treadle import kernels
 from treadle.attention import AttentionContext
+from treadle.kernels.rope import Layout
 from treadle.nn.config import PositionConfig
+from treadle.nn.norm import RMSNorm
 from treadle.nn.rope_scaling import RopeScalingConfig, rope_frequencies
-
-Layout = Literal["half", "interleaved"]
 
 
 class RopeConfig(PositionConfig):
@@ -74,28 +75,27 @@ class Rope(nn.Module):
         magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
         return (magnitude * angle_BS1R.cos()).float(), (magnitude * angle_BS1R.sin()).float()
 
-    def forward(self, q_BSHK: Tensor, k_BSGK: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q_BSHK: Tensor, k_BSGK: Tensor, context: AttentionContext, norms: tuple[RMSNorm, RMSNorm] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """norms: of queries and keys, with a weight for all heads, taken before the rotation, in one pass with it."""
         cos_BS1R, sin_BS1R = context.tables.get(self.key) or self.tables(context)
-        return rotate(q_BSHK, cos_BS1R, sin_BS1R, self.layout), rotate(k_BSGK, cos_BS1R, sin_BS1R, self.layout)
+        if norms is None:
+            return kernels.rope(q_BSHK, k_BSGK, cos_BS1R, sin_BS1R, self.layout)
+        q_norm, k_norm = norms
+        return kernels.rope(
+            q_BSHK,
+            k_BSGK,
+            cos_BS1R,
+            sin_BS1R,
+            self.layout,
+            norms=(q_norm.weight, k_norm.weight),
+            eps=q_norm.eps,
+            offset=q_norm.offset,
+        )
 
     def extra_repr(self) -> str:
         return self.label if self.scaling is None else f"{self.label} scaling={type(self.scaling).__name__}"
-
-
-def rotate(x_BSHK: Tensor, cos_BS1R: Tensor, sin_BS1R: Tensor, layout: Layout = "half") -> Tensor:
-    """Rotate the pairs of the first R channels, in the dtype of the tables; returns the dtype of x."""
-    R = cos_BS1R.shape[-1]
-    if x_BSHK.shape[-1] > R:
-        turned_BSHR = rotate(x_BSHK[..., :R], cos_BS1R, sin_BS1R, layout)
-        return torch.cat((turned_BSHR, x_BSHK[..., R:]), dim=-1)
-    x = x_BSHK.to(cos_BS1R.dtype)
-    if layout == "half":
-        first, second = x.chunk(2, dim=-1)
-        quarter = torch.cat((-second, first), dim=-1)
-    else:
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        quarter = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x * cos_BS1R + quarter * sin_BS1R).to(x_BSHK.dtype)
 
 
 class AlibiConfig(PositionConfig):

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import treadle.attention.flash4
 import treadle.attention.ring
 import treadle.kernels.grouped_linear  # noqa: F401  define operators below
 from treadle.config import Kind
@@ -67,6 +68,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.treadle.ring_attention.default,
+    torch.ops.treadle.flash4.default,
 }
 # What was summed over the processes that share a matrix: small, since each has its tokens only, and dear to send again.
 _SUMS = {

@@ -21,7 +21,7 @@ def compile_layers(
     apart: modules whose own forward is to be left alone. What is around and inside them is compiled in pieces: a break
     within a layer that recomputes its activations would leave all of it uncompiled without a word.
     """
-    _allow_kinds()
+    _configure()
     backend = backend if budget is None else _within(budget, backend)
     for layer in layers.values():
         for piece in _pieces(layer, set(apart)):
@@ -35,7 +35,7 @@ def compile_between(
 
     Comes before activation checkpointing: a layer in pieces cannot be compiled around its recomputation.
     """
-    _allow_kinds()
+    _configure()
     backend = backend if budget is None else _within(budget, backend)
     for layer in layers.values():
         layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
@@ -61,6 +61,9 @@ def _pieces(module: nn.Module, apart: set[nn.Module]) -> Iterator[nn.Module]:
             yield from _pieces(child, apart)
 
 
-def _allow_kinds() -> None:
+def _configure() -> None:
     # Kinds of layers times train/eval, with room: the default of 8 would silently fall back to eager beyond it.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # What is cheap to form again is not kept for a matmul of the backward either: activations, normed inputs, and the
+    # weights in the compute dtype. Half of a layer's memory, for a few passes over what the backward reads anyway.
+    torch._functorch.config.ban_recompute_materialized_backward = False

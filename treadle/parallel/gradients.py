@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.shards import gather, mesh_of
@@ -22,11 +22,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
     return total if mesh.pipeline is None else mesh.sum_stages(total.square()).sqrt()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
-    """Scale gradients, in place, to norm `limit` if their `norm` is more."""
+def clip_factor(limit: float, norm: Tensor) -> Tensor:
+    """What gradients of this norm are multiplied by to have norm `limit`; one if they have less."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply gradients by a scalar, in place."""
     for group in _by_mesh(parameters):
-        device = next(p.grad.device for p in group if p.grad is not None)
-        clip_grads_with_norm_(group, limit, norm.to(device))
+        gradients = [p.grad for p in group if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

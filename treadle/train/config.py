@@ -21,7 +21,9 @@ class TrainingConfig(Config):
     precision: Precision = Field("bf16", description="compute dtype; master weights are fp32, fp16 uses a loss scaler")
     clip_norm: PositiveFloat | None = Field(1.0, description="scale gradients down to this global norm; null: never")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log partition function")
-    attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = Field("auto", description="attention backend")
+    attention: Literal["auto", "reference", "sdpa", "flash", "flash4", "flex"] = Field(
+        "auto", description="attention backend"
+    )
     activation_checkpointing: CheckpointingConfig = Field(
         NoneConfig(), description="what is kept for the backward: none, selective, full, budget, offload"
     )

@@ -16,7 +16,7 @@ import torch
 
 from treadle.data.packing import Batch
 from treadle.errors import TrainingError
-from treadle.parallel.gradients import clip_gradients, gradient_norm
+from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.pipeline import own_parameters
 from treadle.parallel.watchdog import Watchdog
@@ -142,7 +142,7 @@ class Loop:
                 self._fail(loss, grad_norm, batches)
             if math.isfinite(grad_norm):  # else fp16 overflowed: no optimizer steps, and the scaler goes down
                 if self.config.clip_norm is not None:
-                    clip_gradients(state.model.parameters(), self.config.clip_norm, norm)
+                    state.optimizers.clip(self.config.clip_norm, norm)
                 for optimizer in state.optimizers.optimizers:
                     state.scaler.step(optimizer)
                 balance(state.model, result.loads)

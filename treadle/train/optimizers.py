@@ -5,12 +5,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from treadle.config import Kind
 from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.roles import feature_matrices, parameter_roles
+from treadle.parallel.gradients import clip_factor, scale_gradients
 from treadle.parallel.shards import mesh_of
+from treadle.train.adamw import AdamW
 from treadle.train.muon import Muon
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -28,7 +30,7 @@ class OptimizerConfig(Kind):
 
 
 class AdamWConfig(OptimizerConfig):
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), PyTorch's fused kernel."""
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
 
     kind: Literal["adamw"] = "adamw"
     betas: Betas = Field((0.9, 0.95), description="decay of the first and second moment")
@@ -39,7 +41,7 @@ class AdamWConfig(OptimizerConfig):
 
     def for_parameters(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         groups = list(_decay_groups(model, parameters, self.weight_decay))
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 class MuonConfig(OptimizerConfig):
@@ -116,6 +118,15 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
         return float(self.optimizers[0].param_groups[0]["lr"])
+
+    def clip(self, limit: float, norm: Tensor) -> None:
+        """Let the next step see gradients of norm `limit` if their `norm` is more."""
+        factor = clip_factor(limit, norm)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AdamW):
+                optimizer.factor = factor
+            else:
+                scale_gradients([p for group in optimizer.param_groups for p in group["params"]], factor)
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

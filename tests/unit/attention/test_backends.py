@@ -198,7 +198,11 @@ def test_a_cache_gives_the_same_as_the_whole_row(H: int, G: int, V: int, more: d
 
 def test_a_named_backend_is_obeyed_or_refused() -> None:
     q = torch.zeros(1, 4, 2, 8)
-    for name, reason in (("flash", "runs on CUDA only"), ("flex", "trains on CUDA only")):
+    for name, reason in (
+        ("flash", "runs on CUDA only"),
+        ("flash4", "runs on CUDA only"),
+        ("flex", "trains on CUDA only"),
+    ):
         with pytest.raises(ConfigError, match=f"'{name}' cannot be used here: it {reason}.*Able: reference, sdpa"):
             choose(q, AttentionFacts(), AttentionContext.causal(1, 4, backend=name))
     with pytest.raises(ConfigError, match="'sdpa' cannot be used here: it has no softcap"):
@@ -210,7 +214,7 @@ def test_a_named_backend_is_obeyed_or_refused() -> None:
     assert choose(q, AttentionFacts(alibi=True, sinks=True), AttentionContext.causal(1, 4)) == "sdpa"
     with pytest.raises(ValueError, match=r"facts.sinks is True, sinks_H is missing"):
         attend(q, q, q, AttentionFacts(sinks=True), AttentionContext.causal(1, 4))
-    assert set(BACKENDS) == {"reference", "sdpa", "flash", "flex"}
+    assert set(BACKENDS) == {"reference", "sdpa", "flash", "flash4", "flex"}
 
 
 def test_packed_context_marks_every_document() -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from train_zoo import make_model
 
+from treadle.train import adamw
 from treadle.train.muon import Muon, orthogonalise
-from treadle.train.optimizers import AdamWConfig, MuonConfig, SGDConfig
+from treadle.train.optimizers import AdamWConfig, MuonConfig, Optimizers, SGDConfig
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 16), (64, 8)]
 
@@ -197,3 +198,26 @@ def test_rates_follow_the_factor_from_their_peak():
     assert optimizers.set_lr(0.5) == pytest.approx(0.1)
     assert optimizers.set_lr(0.25) == pytest.approx(0.05)
     assert {group["lr"] for o in optimizers.optimizers for group in o.param_groups} == {0.05}
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_adamw_clips_as_pytorch_does_before_it(limit, kernel, monkeypatch):
+    """Also where tensors are stepped one by one, as on a GPU: which of them are, PyTorch's own lists decide."""
+    if kernel:
+        monkeypatch.setattr(adamw, "_suits_kernel", lambda parameter, *others: parameter.ndim == 2)
+    ours, theirs = random_parameters(), random_parameters()
+    options = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2, "fused": True}
+    optimizers = Optimizers([adamw.AdamW(ours, **options)])
+    peer = torch.optim.AdamW(theirs, **options)
+    for step in range(3):
+        for parameters in (ours, theirs):
+            random_gradients(parameters, step)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, limit)
+        optimizers.clip(limit, norm)
+        optimizers.step()
+        peer.step()
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(optimizers.optimizers[0].state[mine], peer.state[other])
+    assert optimizers.optimizers[0].factor is None
