@@ -11,14 +11,14 @@ from functools import cached_property
 import torch
 
 from treadle.kernels.linear_cross_entropy import chunk_tokens
-from treadle.memory.anatomy import Anatomy, Part, anatomy
+from treadle.memory.anatomy import Anatomy, Part
 from treadle.memory.devices import Device
 from treadle.memory.facts import LayerFacts, layer_facts
 from treadle.memory.plan import GIB, Footprint
 from treadle.nn.config import LayerConfig
 from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.config import SINGLE, V_SHAPED, Layout, ParallelConfig, Schedule
-from treadle.parallel.pipeline import process_of
+from treadle.parallel.pipeline import _process as process_of
 from treadle.train.config import TrainingConfig
 from treadle.train.optimizers import MuonConfig, OptimizerConfig, SGDConfig
 from treadle.train.setup import DTYPES
@@ -38,14 +38,11 @@ class Setting:
     optimizer: OptimizerConfig
     world: int
     device: Device
+    anatomy: Anatomy  # of the model, for rows of this length
 
     @cached_property
     def layout(self) -> Layout:
         return self.parallel.layout(self.world)
-
-    @cached_property
-    def anatomy(self) -> Anatomy:
-        return anatomy(self.model, self.training.sequence_length)
 
     @property
     def rows(self) -> int:
@@ -94,7 +91,8 @@ class Setting:
 
     @cached_property
     def ranks(self) -> list["Rank"]:
-        layers = [(part, self.facts(layer)) for part, layer in zip(self.anatomy.layers, self.model.expand(), strict=True)]
+        kinds = [(part, self.facts(layer)) for layer, part in self.anatomy.kinds]
+        layers = [kinds[kind] for kind in self.anatomy.layers]
         further = [(part, self._further()) for part in self.anatomy.further]
         if self.layout.pipeline == 1:
             return [Rank(self, [*layers, *further], True, True, 0)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from treadle.nn.config import LayerConfig
 from treadle.nn.flops import forward_flops
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.moe import MoE
@@ -43,9 +44,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Of a model: its layers in order, embedding, head with the last norm, and modules of multi-token prediction."""
+    """Of a model: its kinds of layers, the kind of each in order, embedding, head, modules of multi-token prediction."""
 
-    layers: tuple[Part, ...]
+    kinds: tuple[tuple[LayerConfig, Part], ...]
+    layers: tuple[int, ...]
     embedding: Part
     head: Part
     further: tuple[Part, ...]
@@ -61,30 +63,26 @@ def _balanced(costs: tuple[tuple[float, ...], float], stages: int) -> list[int]:
     return balance(*costs, stages)
 
 
-_ANATOMIES: dict[tuple[str, int], Anatomy] = {}
-
-
-def anatomy(config: TransformerConfig, length: int) -> Anatomy:
+def anatomy(spec: TransformerConfig, length: int) -> Anatomy:
     """length: of a row, for attention."""
-    key = (repr(config), length)
-    if key not in _ANATOMIES:
-        model = build_meta(config)
-        known: dict[str, Part] = {}
-        layers = []
-        for spec, layer in zip(map(repr, config.expand()), model.layers.values(), strict=True):
-            if spec not in known:
-                known[spec] = _part(layer, length)
-            layers.append(known[spec])
-        further = [] if model.multi_token is None else list(model.multi_token.layers.values())
-        layer_costs, end = costs(model, length)
-        _ANATOMIES[key] = Anatomy(
-            tuple(layers),
-            Part(cut=float(model.embedding.weight.numel())),
-            Part(cut=float(model.head.weight.numel()), flops=forward_flops(model.head, length)),
-            tuple(_part(module, length) for module in further),
-            (tuple(layer_costs), end),
-        )
-    return _ANATOMIES[key]
+    model = build_meta(spec)
+    kinds: dict[str, tuple[LayerConfig, Part]] = {}
+    layers = []
+    for layer, module in zip(spec.expand(), model.layers.values(), strict=True):
+        name = repr(layer)
+        if name not in kinds:
+            kinds[name] = layer, _part(module, length)
+        layers.append(list(kinds).index(name))
+    further = [] if model.multi_token is None else list(model.multi_token.layers.values())
+    layer_costs, end = costs(model, length)
+    return Anatomy(
+        tuple(kinds.values()),
+        tuple(layers),
+        Part(cut=float(model.embedding.weight.numel())),
+        Part(cut=float(model.head.weight.numel()), flops=forward_flops(model.head, length)),
+        tuple(_part(module, length) for module in further),
+        (tuple(layer_costs), end),
+    )
 
 
 def _part(module: nn.Module, length: int) -> Part:

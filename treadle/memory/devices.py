@@ -1,7 +1,7 @@
 """What a device and its links reach: the constants that predictions of time rest on, each with where it comes from.
 
-Rates are what kernels reach, not data sheets: measured where it says so, elsewhere the data sheet times the share that
-the measured H200 reaches of its own (matmul 79 %, copy 89 %, attention 42 % and 52 %).
+Rates are what kernels reach over a whole training step, where the clock is lower than in a benchmark of one kernel: of
+the H200 measured (docs/benchmarks.md), of others the data sheet times the share that the H200 reaches of its own.
 """
 
 import difflib
@@ -19,7 +19,7 @@ class Device(Config):
     name: str
     memory_gib: PositiveFloat = Field(description="what a program can allocate, GiB")
     peak_tflops: PositiveFloat = Field(description="dense bf16, data sheet: what MFU divides by")
-    matmul_tflops: PositiveFloat = Field(description="large bf16 matmuls reach")
+    matmul_tflops: PositiveFloat = Field(description="large bf16 matmuls reach in a training step")
     attention_tflops: PositiveFloat = Field(description="forward + backward at head dim 128, 3.5 times the forward")
     attention_64_tflops: PositiveFloat = Field(description="the same at head dim 64 and below")
     bandwidth_tbs: PositiveFloat = Field(description="a copy reads and writes, TB/s")
@@ -37,9 +37,9 @@ def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float
         name=name,
         memory_gib=memory,
         peak_tflops=peak,
-        matmul_tflops=round(0.79 * peak),
-        attention_tflops=round(0.52 * peak),
-        attention_64_tflops=round(0.42 * peak),
+        matmul_tflops=round(0.75 * peak),
+        attention_tflops=round(0.45 * peak),
+        attention_64_tflops=round(0.37 * peak),
         bandwidth_tbs=round(0.89 * bandwidth, 2),
         per_node=per_node,
         link_gbs=0.8 * link,  # what NCCL's rings reach of NVLink
@@ -47,14 +47,15 @@ def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float
 
 
 DEVICES: dict[str, Device] = {
-    # Measured (docs/benchmarks.md): matmul 8192^3, cuDNN attention, device copy. Links: data sheet.
+    # Measured: matrix products and attention (head dim 64) of a step, a copy. Head dim 128: as in a benchmark of the
+    # kernel, 512 TFLOP/s, less what 64 loses from there (417) to the step. Links: data sheet, as below.
     "h200": Device(
         name="h200",
         memory_gib=139.8,
         peak_tflops=989.4,
-        matmul_tflops=783,
-        attention_tflops=512,
-        attention_64_tflops=417,
+        matmul_tflops=743,
+        attention_tflops=449,
+        attention_64_tflops=366,
         bandwidth_tbs=4.27,
         link_gbs=360,
     ),

@@ -2,19 +2,30 @@
 
 from typing import Any, Protocol
 
+from treadle.config import Config
 from treadle.errors import ConfigError
 from treadle.memory.analytic import Setting
+from treadle.memory.anatomy import anatomy
 from treadle.memory.devices import Device, find_device
 from treadle.memory.plan import GIB, Plan
 from treadle.memory.roofline import step_time, training_flops
 from treadle.nn.transformer import TransformerConfig
 from treadle.parallel.config import ParallelConfig, check_layout
 from treadle.train.config import TrainingConfig
-from treadle.train.optimizers import OptimizerConfig
+from treadle.train.optimizers import AdamWConfig, OptimizerConfig
 
 
-class Trained(Protocol):
-    """What of a recipe is planned."""
+class Planned(Config):
+    """What of a recipe is planned; for a model that has no recipe yet."""
+
+    model: TransformerConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+
+
+class Recipe(Protocol):
+    """Any recipe's configuration will do."""
 
     @property
     def model(self) -> TransformerConfig: ...
@@ -26,25 +37,36 @@ class Trained(Protocol):
     def optimizer(self) -> OptimizerConfig: ...
 
 
-def predict(config: Trained, world: int, device: Device | str) -> Plan:
-    """What a run of a recipe takes on `world` devices. Raises ConfigError for a layout that cannot be, saying why."""
+def predict(config: Recipe, world: int, device: Device | str) -> Plan:
+    """What a run of a recipe takes on `world` devices. Raises ConfigError for a layout that cannot be, saying why, and
+    for a device that is not known.
+    """
     return plan_of(setting_of(config, world, device))
 
 
-def setting_of(config: Trained, world: int, device: Device | str) -> Setting:
+def setting_of(config: Recipe, world: int, device: Device | str) -> Setting:
     """The setting of a recipe, checked as `treadle train` would."""
+    setting = open_setting(config, world, device)
+    check(setting)
+    return setting
+
+
+def open_setting(config: Recipe, world: int, device: Device | str) -> Setting:
+    """The same where the layout is still to be found."""
     model, training = config.model, config.training
     if model.vocab_size is None:
         raise ConfigError("model.vocab_size: not set, and the tokenizer's size is not known here; override it")
-    layout_of(config, world)
     found = find_device(device) if isinstance(device, str) else device
-    return Setting(model, training, config.parallel, config.optimizer, world, found)
+    known = anatomy(model, training.sequence_length)
+    return Setting(model, training, config.parallel, config.optimizer, world, found, known)
 
 
-def layout_of(config: Any, world: int) -> None:
-    training = config.training
+def check(setting: Any) -> None:
+    """Raises ConfigError where model and batch cannot be cut like this."""
+    training = setting.training
     check_layout(
-        config.parallel, world, config.model, training.batch_size, training.sequence_length, rows=training.rows
+        *(setting.parallel, setting.world, setting.model, training.batch_size, training.sequence_length),
+        rows=training.rows,
     )
 
 

@@ -13,6 +13,7 @@ from treadle.train.optimizers import MuonConfig
 
 CASTS = 12  # bytes moved for each weight of a layer: read in fp32, written in bf16; its gradient the other way, added
 ADAMW = 40  # bytes for each weight: read and write of weight and moments, and its gradient; its norm; clipping
+STREAM = 0.67  # of a copy's bandwidth that kernels reach which compute: torch.compile's softmax 2.0 TB/s on an H100 of 3.0
 FUSED = 0.2  # of tensor parallelism's messages that asynchronous matmuls leave to be waited for
 HIDDEN = 0.9  # of the time of layers that messages can run beside: what is sent takes processors and memory too
 
@@ -25,14 +26,15 @@ def step_time(setting: Setting) -> StepTime:
 def training_flops(setting: Setting) -> float:
     """Forward and backward, per token, without what is computed again: as `treadle.nn.flops.training_flops`."""
     found = setting.anatomy
-    layers = sum(part.flops + part.mixing for part in (*found.layers, *found.further))
+    parts = [*(found.kinds[kind][1] for kind in found.layers), *found.further]
+    layers = sum(part.flops + part.mixing for part in parts)
     return 3 * (layers + found.head.flops * (1 + len(found.further)))
 
 
 def _rank_time(rank: Rank) -> StepTime:
     setting = rank.setting
     device, layout, n, T = setting.device, setting.layout, setting.micro_batches, setting.tokens
-    bandwidth, mode = device.bandwidth_tbs * 1e12, setting.training.activation_checkpointing
+    bandwidth, mode = STREAM * device.bandwidth_tbs * 1e12, setting.training.activation_checkpointing
     again = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]  # of a layer's matmuls, a second time
     matmul = attention = traffic = 0.0
     sent = {"tensor": 0.0, "context": 0.0, "expert": 0.0}
@@ -141,7 +143,7 @@ def _optimizer(rank: Rank) -> tuple[float, float]:
     """Seconds on the device; seconds of the host and its link, where weights live there."""
     setting = rank.setting
     layout, device = setting.layout, setting.device
-    seconds = ADAMW * rank.own / (device.bandwidth_tbs * 1e12)
+    seconds = ADAMW * rank.own / (STREAM * device.bandwidth_tbs * 1e12)
     if isinstance(setting.optimizer, MuonConfig):
         flops = sum(part.newton_schulz for part, _ in rank.layers) / (layout.tensor * setting.shards)
         seconds += flops / (device.matmul_tflops * 1e12)

@@ -64,7 +64,7 @@ def cut(model: Transformer, mesh: Mesh, config: ParallelConfig, length: int) -> 
     counts = config.stage_layers or balance(*costs(model, length), config.stages)
     starts = [sum(counts[:stage]) for stage in range(config.stages + 1)]
     rank = mesh.pipeline.get_local_rank()
-    mine = [stage for stage in range(config.stages) if process_of(stage, config) == rank]
+    mine = [stage for stage in range(config.stages) if _process(stage, config) == rank]
     stages = {stage: tuple(str(i) for i in range(starts[stage], starts[stage + 1])) for stage in mine}
     kept = [layer for layers in stages.values() for layer in layers]
     for layer in list(model.layers):
@@ -145,7 +145,7 @@ def balance(layers: Sequence[float], end: float, stages: int) -> list[int]:
     return best[total][2]
 
 
-def process_of(stage: int, config: ParallelConfig) -> int:
+def _process(stage: int, config: ParallelConfig) -> int:
     """Which process of the pipeline has a stage: they go round, or down and up again."""
     turn, place = divmod(stage, config.pipeline)
     return config.pipeline - 1 - place if turn % 2 and config.schedule in V_SHAPED else place
@@ -165,9 +165,9 @@ class Pipeline:
         self.count = config.stages
         self.first, self.last = 0 in stages, self.count - 1 in stages
         self.group = mesh.pipeline.get_group()
-        self.ranks = [dist.get_global_rank(self.group, process_of(stage, config)) for stage in range(self.count)]
+        self.ranks = [dist.get_global_rank(self.group, _process(stage, config)) for stage in range(self.count)]
         # Of the pipelines beside each other, the first one's last stage: whose word is taken where one has to choose.
-        self.end_rank = process_of(self.count - 1, config) * (mesh.world.size // config.pipeline)
+        self.end_rank = _process(self.count - 1, config) * (mesh.world.size // config.pipeline)
         self.copies: set[str] = set()
         if self.first != self.last:
             both = {
