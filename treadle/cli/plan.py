@@ -63,11 +63,7 @@ def plan(
     setting = setting_of(config, gpus, device)
     found = plan_of(setting)
     if dry_run:
-        from dataclasses import replace
-
-        from treadle.memory.dry_run import footprints
-
-        found = replace(found, footprints=footprints(setting))
+        found = _dry(found, config, gpus)
     cheapest = advice.cheapest(setting) if found.verdict == "does not fit" else []
     if as_json:
         changes = [{"changes": each.changes, **each.plan.summary()} for each in cheapest]
@@ -93,6 +89,16 @@ def _load(path: Path, overrides: list[str], preset: str | None, gpus: int, devic
         preset = "cuda"  # as `treadle train` takes it, where there is a GPU
     config: Any = recipes.load(path, overrides, preset)
     return config.model_copy(update={"model": model_of(config)})
+
+
+def _dry(plan: "Plan", config: Any, gpus: int) -> "Plan":
+    """The same with the memory that a dry run finds; what is not PyTorch's stays as it is."""
+    from dataclasses import replace
+
+    from treadle.memory.dry_run import dry_run
+
+    ranks = zip(dry_run(config, gpus), plan.footprints, strict=True)
+    return replace(plan, footprints=tuple(replace(rank.footprint, overhead=closed.overhead) for rank, closed in ranks))
 
 
 def _print(plan: "Plan", device: Any, cheapest: list["Found"], console: Any) -> None:
@@ -133,7 +139,7 @@ def _print(plan: "Plan", device: Any, cheapest: list["Found"], console: Any) -> 
 
 
 def _search(config: Any, gpus: int, device: str, write: Path | None, as_json: bool, console: Any) -> None:
-    from treadle.config import to_yaml
+    from treadle.config import yaml_io
     from treadle.errors import ConfigError
     from treadle.memory.predict import open_setting
     from treadle.memory.search import search as searched
@@ -151,7 +157,7 @@ def _search(config: Any, gpus: int, device: str, write: Path | None, as_json: bo
         console.print(_ranking(found))
         console.print("the first of them:", *found[0].overrides(), highlight=False, soft_wrap=True)
     if write is not None:
-        write.write_text(to_yaml(found[0].changes))
+        write.write_text(yaml_io.dump(found[0].changes))
 
 
 def _ranking(found: list["Found"]) -> "Table":

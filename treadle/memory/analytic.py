@@ -82,12 +82,12 @@ class Setting:
     def facts(self, layer: LayerConfig) -> LayerFacts:
         layout = self.layout
         # Experts that live apart are not compiled.
-        compiled = self.training.compile and not (layout.expert > 1 and hasattr(getattr(layer, "feedforward", 0), "experts"))
+        compiled = self.training.compile and not (
+            layout.expert > 1 and hasattr(getattr(layer, "feedforward", 0), "experts")
+        )
         gathered = layout.context if layout.context_method == "gather" else 1
         dtype: torch.dtype = DTYPES[self.training.precision]
-        return layer_facts(
-            self.model, layer, dtype=dtype, compiled=compiled, tensor=layout.tensor, gathered=gathered
-        )
+        return layer_facts(self.model, layer, dtype=dtype, compiled=compiled, tensor=layout.tensor, gathered=gathered)
 
     @cached_property
     def ranks(self) -> list["Rank"]:
@@ -106,7 +106,10 @@ class Setting:
 
     def _further(self) -> LayerFacts:
         last: LayerConfig = getattr(self.model.multi_token, "layer", None) or self.model.expand()[-1]
-        facts, more = self.facts(last), 6 * self.model.dim * self.width  # the two normed, side by side, and their product
+        facts, more = (
+            self.facts(last),
+            6 * self.model.dim * self.width,
+        )  # the two normed, side by side, and their product
         return replace(facts, kept=facts.kept + more, selected=facts.selected + more, input=facts.input + more)
 
 

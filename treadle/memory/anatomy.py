@@ -108,9 +108,7 @@ def _part(module: nn.Module, length: int) -> Part:
                 newton_schulz += stack * 5 * (4 * small * small * large + 2 * small**3)
     mixers: list[Any] = [m for m in module.modules() if hasattr(m, "mixing_flops")]
     mixing = sum(m.mixing_flops(length) for m in mixers)
-    travels = sum(
-        2.0 * m.gate_up.active * m.gate_up.weight.shape[-1] for m in module.modules() if isinstance(m, MoE)
-    )
+    travels = sum(2.0 * m.gate_up.active * m.gate_up.weight.shape[-1] for m in module.modules() if isinstance(m, MoE))
     return Part(
         *(cut, whole, experts, matrices, newton_schulz),
         flops=forward_flops(module, length) - mixing,

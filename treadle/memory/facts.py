@@ -33,6 +33,7 @@ from treadle.nn.config import LayerConfig
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.roles import parameter_roles
 from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.parallel.compile import compile_layers
 from treadle.parallel.fits import blocks
 
 PRIME = 61  # tokens are a multiple of it, and weights are not: so a tensor's size tells whether it grows with tokens
@@ -84,6 +85,8 @@ _SPECS: dict[int, tuple[str, LayerConfig]] = {}
 
 
 def _traced(model: TransformerConfig, dtype: torch.dtype, compiled: bool, tensor: int, gathered: int) -> LayerFacts:
+    if compiled:
+        compile_layers(nn.ModuleDict())  # sets what the compiler, and so the partitioner, is set to in a run
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     graphs: list[fx.Graph] = []
 

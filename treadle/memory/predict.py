@@ -18,6 +18,7 @@ from treadle.train.optimizers import AdamWConfig, OptimizerConfig
 class Planned(Config):
     """What of a recipe is planned; for a model that has no recipe yet."""
 
+    imports: tuple[str, ...] = ()
     model: TransformerConfig
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()

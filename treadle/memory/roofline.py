@@ -13,7 +13,9 @@ from treadle.train.optimizers import MuonConfig
 
 CASTS = 12  # bytes moved for each weight of a layer: read in fp32, written in bf16; its gradient the other way, added
 ADAMW = 40  # bytes for each weight: read and write of weight and moments, and its gradient; its norm; clipping
-STREAM = 0.67  # of a copy's bandwidth that kernels reach which compute: torch.compile's softmax 2.0 TB/s on an H100 of 3.0
+STREAM = (
+    0.67  # of a copy's bandwidth that kernels reach which compute: torch.compile's softmax 2.0 TB/s on an H100 of 3.0
+)
 FUSED = 0.2  # of tensor parallelism's messages that asynchronous matmuls leave to be waited for
 HIDDEN = 0.9  # of the time of layers that messages can run beside: what is sent takes processors and memory too
 
