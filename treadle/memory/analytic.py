@@ -4,7 +4,6 @@ The moments: the loss, with all activations; the backward of each layer, which f
 optimizer's step. Whichever is largest is the answer.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +16,7 @@ from treadle.memory.facts import LayerFacts, layer_facts
 from treadle.memory.plan import GIB, Footprint
 from treadle.nn.config import LayerConfig
 from treadle.nn.transformer import TransformerConfig
-from treadle.parallel.config import SINGLE, V_SHAPED, Layout, ParallelConfig, Schedule
+from treadle.parallel.config import SINGLE, V_SHAPED, Layout, ParallelConfig
 from treadle.parallel.pipeline import _process as process_of
 from treadle.train.config import TrainingConfig
 from treadle.train.optimizers import MuonConfig, OptimizerConfig, SGDConfig

@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Of a model: its kinds of layers, the kind of each in order, embedding, head, modules of multi-token prediction."""
+    """Of a model: its kinds of layers, the kind of each in order, its ends, modules of multi-token prediction."""
 
     kinds: tuple[tuple[LayerConfig, Part], ...]
     layers: tuple[int, ...]

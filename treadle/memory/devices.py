@@ -5,6 +5,7 @@ the H200 measured (docs/benchmarks.md), of others the data sheet times the share
 """
 
 import difflib
+import re
 from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -90,10 +91,12 @@ def find_device(name: str) -> Device:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         found: Device = resolve(Device, path)
         return found
-    plain = name.lower().replace("-", "").replace(" ", "").replace("_", "")
-    for key in sorted(DEVICES, key=len, reverse=True):
-        if key in plain and not any(other in plain for other in ("pcie", "nvl", "laptop", "maxq", "gb200", "4090d")):
-            return DEVICES[key]
+    plain = re.sub(r"[-_\s]+", " ", name.lower())
+    # Boards of the same name that are slower, or two of it, are others.
+    if not re.search(r"pcie|nvl|laptop|max q|\bd\b|gb200", plain):
+        for key, device in DEVICES.items():
+            if re.search(rf"\b{key.replace('rtx', '(geforce )?rtx ?')}\b", plain):
+                return device
     near = difflib.get_close_matches(plain, DEVICES, 1)
     hint = f" Did you mean {near[0]}?" if near else ""
     needed = [key for key, field in Device.model_fields.items() if field.is_required()]

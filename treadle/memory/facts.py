@@ -1,4 +1,4 @@
-"""What one layer keeps, moves and sends, found by tracing the module itself, without memory and once for a kind of layer.
+"""What one layer keeps, moves and sends, found by tracing the module itself, once for each kind of layer.
 
 A layer's forward and backward are traced into a graph, divided as PyTorch divides it: eagerly, everything that a
 backward formula reads is kept; compiled, the partitioner that inductor uses decides what is kept and what is computed
@@ -9,10 +9,8 @@ S tokens, D model dim. Bytes "per token" count tokens of a row's part on one pro
 tensor parallelism leaves each process some of those.
 """
 
-import functools
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -71,7 +69,7 @@ def layer_facts(
     tensor: int = 1,
     gathered: int = 1,
 ) -> LayerFacts:
-    """tensor: processes that share its matrices. gathered: parts of a row whose keys and values come to each process."""
+    """tensor: processes that share its matrices. gathered: parts of a row whose keys and values come together."""
     spec = _SPECS.setdefault(id(layer), (repr(layer), layer))[0]  # a search asks often
     key = (model.dim, model.max_length, spec, dtype, compiled, tensor, gathered)
     if key not in _FACTS:
@@ -127,7 +125,7 @@ def _cut(model: Transformer, tensor: int) -> None:
         return
     roles = parameter_roles(model)
     for path, block in list(blocks(model)):
-        shared = {}
+        shared: dict[str, int] = {}
         for attribute, parts in getattr(block, "head_counts", {}).items():
             count = getattr(block, attribute)
             setattr(block, attribute, max(1, count // tensor))
@@ -251,9 +249,9 @@ def _facts(forward: _Graph, backward: _Graph) -> LayerFacts:
     selected, matmuls = forward.storages(x), itertools.count()
     for node in forward.nodes:
         name = str(node.target)
-        if "treadle_memory.attention" in name or "treadle_memory.scatter" in name:
-            selected |= forward.storages(node)
-        elif forward.computes(node) and "treadle_memory" not in name and next(matmuls) % 2 == 0:
+        matmul = forward.computes(node) and "treadle_memory" not in name
+        dear = "treadle_memory.attention" in name or "treadle_memory.scatter" in name
+        if dear or (matmul and next(matmuls) % 2 == 0):  # as `activation_checkpointing` has it
             selected |= forward.storages(node)
     sent = {"tensor": 0.0, "context": 0.0}
     for node in forward.nodes:

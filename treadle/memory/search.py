@@ -50,7 +50,7 @@ def search(setting: Setting, count: int = 10) -> list[Found]:
         if max(rank.footprint().total for rank in tried.ranks) <= room:
             add = heapq.heappush if len(best) < 2 * count else heapq.heapreplace
             add(best, (speed, -number, tried, changes))
-    found = []
+    found: list[Found] = []
     for _, _, tried, changes in sorted(best, key=lambda item: item[:2], reverse=True):
         if len(found) < count and _possible(tried):
             found.append(Found(changes, plan_of(tried)))

@@ -258,7 +258,7 @@ def test_an_unknown_device_says_what_it_needs(tmp_path):
 
 
 def test_a_layout_that_cannot_be_explains_itself():
-    with pytest.raises(ConfigError, match=r"parallel\.tensor: 3 .* try|parallel\.tensor: 3"):
+    with pytest.raises(ConfigError, match=r"parallel\.tensor: 3 .*the whole model fits 1, 2, 4, 8"):
         plan(SMALL, 3, rows=3, parallel={"tensor": 3})
-    with pytest.raises(ConfigError, match="model.vocab_size"):
+    with pytest.raises(ConfigError, match="vocab_size"):
         plan({**SMALL, "vocab_size": None})
