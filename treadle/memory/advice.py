@@ -11,6 +11,7 @@ from treadle.memory.analytic import Setting
 from treadle.memory.plan import Plan
 from treadle.memory.predict import check, plan_of
 from treadle.memory.search import Found, changed
+from treadle.parallel.activation_checkpointing import offloads
 
 Changes = dict[str, dict[str, Any]]
 
@@ -33,9 +34,12 @@ def cheapest(setting: Setting, count: int = 3) -> list[Found]:
 def _singles(setting: Setting) -> Iterator[Changes]:
     """Changes of one idea each that can save memory."""
     training, layout = setting.training, setting.layout
-    modes = ("none", "selective", "full")
-    for mode in modes[modes.index(training.activation_checkpointing) + 1 :]:
+    kept: Any = training.activation_checkpointing
+    modes = ["none", "selective", "full"]  # from what keeps most
+    for mode in modes[modes.index(kept.kind) + 1 if kept.kind in modes else 2 :]:
         yield {"training": {"activation_checkpointing": mode}}
+    if not offloads(kept):
+        yield {"training": {"activation_checkpointing": "offload"}}
     rows = setting.rows
     for fewer in (rows // 2, rows // 4, 1):
         if 0 < fewer < rows:

@@ -6,6 +6,7 @@ optimizer's step. Whichever is largest is the answer.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,14 @@ from treadle.memory.facts import LayerFacts, layer_facts
 from treadle.memory.plan import GIB, Footprint
 from treadle.nn.config import LayerConfig
 from treadle.nn.transformer import TransformerConfig
-from treadle.parallel.config import SINGLE, V_SHAPED, Layout, ParallelConfig
+from treadle.parallel.activation_checkpointing import (
+    BudgetConfig,
+    CheckpointingConfig,
+    FullConfig,
+    SelectiveConfig,
+    offloads,
+)
+from treadle.parallel.config import SINGLE, V_SHAPED, ZERO_BUBBLE, Layout, ParallelConfig
 from treadle.parallel.pipeline import _process as process_of
 from treadle.train.config import TrainingConfig
 from treadle.train.optimizers import MuonConfig, OptimizerConfig, SGDConfig
@@ -86,13 +94,22 @@ class Setting:
         )
         gathered = layout.context if layout.context_method == "gather" else 1
         dtype: torch.dtype = DTYPES[self.training.precision]
-        return layer_facts(self.model, layer, dtype=dtype, compiled=compiled, tensor=layout.tensor, gathered=gathered)
+        mode = self.training.activation_checkpointing
+        return layer_facts(
+            *(self.model, layer),
+            dtype=dtype,
+            compiled=compiled,
+            tensor=layout.tensor,
+            gathered=gathered,
+            fp8=self.training.fp8,
+            budget=mode.share if isinstance(mode, BudgetConfig) else 1.0,
+        )
 
     @cached_property
     def ranks(self) -> list["Rank"]:
         kinds = [(part, self.facts(layer)) for layer, part in self.anatomy.kinds]
-        layers = [kinds[kind] for kind in self.anatomy.layers]
-        further = [(part, self._further()) for part in self.anatomy.further]
+        layers = [Layer(*kinds[kind], number) for number, kind in enumerate(self.anatomy.layers)]
+        further = [Layer(part, self._further(), number) for number, part in enumerate(self.anatomy.further, start=1)]
         if self.layout.pipeline == 1:
             return [Rank(self, [*layers, *further], True, True, 0)]
         counts, found = self.anatomy.stages(self.parallel), []
@@ -109,7 +126,31 @@ class Setting:
             self.facts(last),
             6 * self.model.dim * self.width,
         )  # the two normed, side by side, and their product
-        return replace(facts, kept=facts.kept + more, selected=facts.selected + more, input=facts.input + more)
+        return replace(facts, kept=facts.kept + more, dear=facts.dear + more, input=facts.input + more)
+
+
+class Layer(NamedTuple):
+    """number: in the whole stack."""
+
+    part: Part
+    facts: LayerFacts
+    number: int
+
+    def recomputed(self, mode: CheckpointingConfig) -> tuple[float, bool]:
+        """Of its matmuls, the share that the backward computes again; and whether attention is as well."""
+        if isinstance(mode, FullConfig):
+            return float(self.number % mode.every == 0), self.number % mode.every == 0
+        if isinstance(mode, SelectiveConfig):
+            return 1 - 1 / mode.matmuls if mode.matmuls else 1.0, False
+        return self.facts.repeated, False
+
+    def kept(self, mode: CheckpointingConfig) -> float:
+        """Bytes of a token that wait for the backward, wherever."""
+        if isinstance(mode, FullConfig) and self.number % mode.every == 0:
+            return self.facts.input
+        if isinstance(mode, SelectiveConfig):
+            return self.facts.dear + (sum(self.facts.matmuls[:: mode.matmuls]) if mode.matmuls else 0.0)
+        return self.facts.kept
 
 
 @dataclass(frozen=True)
@@ -117,7 +158,7 @@ class Rank:
     """The layers of one rank of a pipeline, and whether it has the embedding and the head."""
 
     setting: Setting
-    layers: list[tuple[Part, LayerFacts]]
+    layers: list[Layer]
     first: bool
     last: bool
     number: int
@@ -134,7 +175,7 @@ class Rank:
     def units(self) -> list[float]:
         """Elements of each layer, as it computes: of all that FSDP gathers, this process's share of matrices."""
         layout = self.setting.layout
-        return [part.here(layout.tensor, layout.expert) for part, _ in self.layers]
+        return [layer.part.here(layout.tensor, layout.expert) for layer in self.layers]
 
     @cached_property
     def root(self) -> float:
@@ -144,13 +185,13 @@ class Rank:
     def own(self) -> float:
         """Elements of parameters on this process."""
         layout = self.setting.layout
-        whole = sum(part.here(layout.tensor) for part, _ in self.layers) + self.root
+        whole = sum(layer.part.here(layout.tensor) for layer in self.layers) + self.root
         return whole / (self.setting.shards if self.setting.sharded else 1)
 
     @cached_property
     def matrices(self) -> float:
         """Of them, those that Muon steps."""
-        return sum(part.matrices for part, _ in self.layers) / (self.setting.layout.tensor * self.setting.shards)
+        return sum(layer.part.matrices for layer in self.layers) / (self.setting.layout.tensor * self.setting.shards)
 
     def footprint(self) -> Footprint:
         setting = self.setting
@@ -164,9 +205,14 @@ class Rank:
         stream = T * setting.model.dim * w / layout.tensor  # the residual stream
         held = in_flight(setting.parallel, layout.pipeline, n, self.number) if layout.pipeline > 1 else 1.0
         kept, casts = self._kept()
-        activations = held * sum(kept) * T + (0.0 if setting.sharded else held * sum(casts))
+        activations = held * (sum(kept) * T + sum(casts))
+        if offloads(training.activation_checkpointing):  # the last layer's, and one on its way
+            activations = 2 * (max(kept) * T + max(casts))
         if layout.pipeline > 1:
             activations += held * stream  # what is sent on stays until its gradient comes
+        if layout.pipeline > 1 and setting.parallel.schedule in ZERO_BUBBLE:  # of a stage, for gradients of weights
+            each = setting.parallel.stages // layout.pipeline
+            activations += T * sum(sum(layer.facts.matmuls) for layer in self.layers) / each
         ends = 2 * stream * self.last
         gathered = self._gathered()
         buffers = (2 * n * stream * (not self.first or not self.last)) if layout.pipeline > 1 else 0.0
@@ -186,9 +232,10 @@ class Rank:
             moments.append(replace(base, activations=activations + ends, loss=loss, communication=there + buffers))
         left, made = activations + ends, after if n == 1 else 0.0
         reducing = self._reducing()
-        for unit, (_, facts), size, cast in reversed(list(zip(self.units, self.layers, kept, casts, strict=True))):
+        for unit, layer, size, cast in reversed(list(zip(self.units, self.layers, kept, casts, strict=True))):
+            facts = layer.facts
             working = facts.working * T
-            if training.activation_checkpointing != "none":
+            if size != facts.kept:
                 working += facts.kept * T - size * T + (0.0 if setting.sharded else facts.weights)
             communication = base.communication + (reducing if setting.sharded else 0.0)
             moments.append(
@@ -200,7 +247,7 @@ class Rank:
                     communication=communication,
                 )
             )
-            left -= size * T + (0.0 if setting.sharded else cast)
+            left = max(left - size * T - cast, ends)
             if n == 1:
                 made += MASTER * unit / (setting.shards if setting.sharded else 1) * (on_device or not setting.sharded)
         summed = MASTER * (total_units if not setting.sharded else self.own * on_device)
@@ -222,10 +269,13 @@ class Rank:
 
     def _kept(self) -> tuple[list[float], list[float]]:
         """Per token and layer what is kept for the backward; and per layer the matrices that are."""
-        mode = self.setting.training.activation_checkpointing
-        name = {"none": "kept", "selective": "selected", "full": "input"}[mode]
-        casts = [facts.weights if mode == "none" else 0.0 for _, facts in self.layers]
-        return [getattr(facts, name) for _, facts in self.layers], casts
+        kept = [layer.kept(self.setting.training.activation_checkpointing) for layer in self.layers]
+        here = not self.setting.sharded
+        casts = [
+            layer.facts.weights * (here and size == layer.facts.kept)
+            for layer, size in zip(self.layers, kept, strict=True)
+        ]
+        return kept, casts
 
     def _gathered(self) -> float:
         """Weights of whole layers: this one's, the next one's, and the buffer that it arrives in; or all of them.

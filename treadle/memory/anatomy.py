@@ -8,7 +8,7 @@ from torch import nn
 
 from treadle.nn.config import LayerConfig
 from treadle.nn.flops import forward_flops
-from treadle.nn.linear import GroupedLinear
+from treadle.nn.linear import GroupedLinear, Linear
 from treadle.nn.moe import MoE
 from treadle.nn.roles import feature_matrices, parameter_roles
 from treadle.nn.store import build_meta
@@ -23,8 +23,9 @@ class Part:
     """A layer, or an end of the model. Numbers of elements: those that tensor parallelism cuts, those that all
     processes have whole, and those of experts, which may live apart (`expert`) and are cut as well.
 
-    matrices: share of all that Muon steps; newton_schulz: FLOPs of one step of it on them. flops: of matmuls, forward
-    for each token; mixing: of attention. travels: bf16 bytes of rows that a token sends to experts, one way.
+    matrices: of all these, those that Muon steps; newton_schulz: FLOPs of one step of it on them. flops: of matmuls,
+    forward for each token; narrow: of those the ones that fp8 takes; mixing: of attention. travels: bf16 bytes of rows
+    that a token sends to experts, one way.
     """
 
     cut: float = 0.0
@@ -33,6 +34,7 @@ class Part:
     matrices: float = 0.0
     newton_schulz: float = 0.0
     flops: float = 0.0
+    narrow: float = 0.0
     mixing: float = 0.0
     head_dim: int = 128
     travels: float = 0.0
@@ -87,7 +89,7 @@ def anatomy(spec: TransformerConfig, length: int) -> Anatomy:
 
 def _part(module: nn.Module, length: int) -> Part:
     roles, inside = parameter_roles(module), [path for path, _ in blocks(module)]
-    cut = whole = experts = matrices = newton_schulz = 0.0
+    cut = whole = experts = matrices = newton_schulz = narrow = 0.0
     modules = dict(module.named_modules())
     square = feature_matrices(module)
     for name, parameter in module.named_parameters():
@@ -101,6 +103,7 @@ def _part(module: nn.Module, length: int) -> Part:
             whole += parameter.numel()
         if name in square:
             matrices += parameter.numel()
+            narrow += 2 * parameter.numel() * isinstance(owner, Linear)
             parts = getattr(owner, "parts", None) or {"": parameter.shape[-2]}
             for rows in parts.values():
                 small, large = sorted((rows, parameter.shape[-1]))
@@ -112,6 +115,7 @@ def _part(module: nn.Module, length: int) -> Part:
     return Part(
         *(cut, whole, experts, matrices, newton_schulz),
         flops=forward_flops(module, length) - mixing,
+        narrow=narrow,
         mixing=mixing,
         head_dim=max((max(m.head_dims) for m in mixers if hasattr(m, "head_dims")), default=128),
         travels=travels,

@@ -7,6 +7,7 @@ the H200 measured (docs/benchmarks.md), of others the data sheet times the share
 import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -21,18 +22,19 @@ class Device(Config):
     memory_gib: PositiveFloat = Field(description="what a program can allocate, GiB")
     peak_tflops: PositiveFloat = Field(description="dense bf16, data sheet: what MFU divides by")
     matmul_tflops: PositiveFloat = Field(description="large bf16 matmuls reach in a training step")
+    fp8_tflops: PositiveFloat | None = Field(None, description="the same in fp8; null: it has none")
     attention_tflops: PositiveFloat = Field(description="forward + backward at head dim 128, 3.5 times the forward")
     attention_64_tflops: PositiveFloat = Field(description="the same at head dim 64 and below")
     bandwidth_tbs: PositiveFloat = Field(description="a copy reads and writes, TB/s")
     per_node: PositiveInt = Field(8, description="devices of a machine")
     link_gbs: PositiveFloat = Field(description="between devices of a machine, GB/s that collectives reach")
     network_gbs: PositiveFloat = Field(45.0, description="to other machines, GB/s for each device")
-    host_gbs: PositiveFloat = Field(25.0, description="to host memory, GB/s for each device")
+    host_gbs: PositiveFloat = Field(50.0, description="to host memory, GB/s for each device")
     latency_us: PositiveFloat = Field(10.0, description="a collective takes at least, microseconds")
     context_gib: PositiveFloat = Field(0.6, description="taken before the first tensor: CUDA context and kernels")
 
 
-def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float, per_node: int = 8) -> Device:
+def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float, **others: Any) -> Device:
     """From the data sheet (dense bf16 TFLOP/s, TB/s, GB/s one way), at the shares that an H200 reaches."""
     return Device(
         name=name,
@@ -42,8 +44,8 @@ def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float
         attention_tflops=round(0.45 * peak),
         attention_64_tflops=round(0.37 * peak),
         bandwidth_tbs=round(0.89 * bandwidth, 2),
-        per_node=per_node,
         link_gbs=0.8 * link,  # what NCCL's rings reach of NVLink
+        **others,
     )
 
 
@@ -55,17 +57,18 @@ DEVICES: dict[str, Device] = {
         memory_gib=139.8,
         peak_tflops=989.4,
         matmul_tflops=743,
+        fp8_tflops=1486,  # the data sheet's factor
         attention_tflops=449,
         attention_64_tflops=366,
         bandwidth_tbs=4.27,
         link_gbs=360,
     ),
-    "h100": _nvidia("h100", 79.1, 989.4, 3.35, 450),
-    "a100": _nvidia("a100", 79.1, 312, 2.04, 300),
-    "b200": _nvidia("b200", 178.0, 2250, 8.0, 900),
-    "l40s": _nvidia("l40s", 44.4, 362, 0.864, 32),
-    "rtx4090": _nvidia("rtx4090", 23.5, 165.2, 1.008, 32, per_node=1),
-    "rtx3090": _nvidia("rtx3090", 23.5, 71, 0.936, 32, per_node=1),
+    "h100": _nvidia("h100", 79.1, 989.4, 3.35, 450, fp8_tflops=1484),
+    "a100": _nvidia("a100", 79.1, 312, 2.04, 300, host_gbs=25),
+    "b200": _nvidia("b200", 178.0, 2250, 8.0, 900, fp8_tflops=3376),
+    "l40s": _nvidia("l40s", 44.4, 362, 0.864, 32, fp8_tflops=544, host_gbs=25),
+    "rtx4090": _nvidia("rtx4090", 23.5, 165.2, 1.008, 32, fp8_tflops=248, per_node=1, host_gbs=25),
+    "rtx3090": _nvidia("rtx3090", 23.5, 71, 0.936, 32, per_node=1, host_gbs=25),
     # One core of a server: what float32 matmuls of a few hundred rows reach.
     "cpu": Device(
         name="cpu",

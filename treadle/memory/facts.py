@@ -9,15 +9,15 @@ S tokens, D model dim. Bytes "per token" count tokens of a row's part on one pro
 tensor parallelism leaves each process some of those.
 """
 
-import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._functorch.config
 from functorch.compile import aot_function, default_partition, min_cut_rematerialization_partition, nop
 from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
@@ -27,35 +27,43 @@ from torch.func import functional_call
 from treadle.attention import AttentionContext, AttentionFacts, context_parallel, dispatch
 from treadle.attention.padding import one_dim
 from treadle.attention.parts import Parts
+from treadle.errors import ConfigError
 from treadle.nn.config import LayerConfig
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.roles import parameter_roles
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.parallel.compile import compile_layers
+from treadle.parallel.config import ParallelConfig
 from treadle.parallel.fits import blocks
+from treadle.parallel.float8 import use_float8
+from treadle.parallel.mesh import Mesh
 
 PRIME = 61  # tokens are a multiple of it, and weights are not: so a tensor's size tells whether it grows with tokens
-TOKENS = 64 * PRIME
+TOKENS = 512 * PRIME  # about as many as a micro-batch, as a budget weighs activations against weights
 
 
 @dataclass(frozen=True)
 class LayerFacts:
     """Of one layer on one process; bytes, per token of a micro-batch but for those named `weights`.
 
-    kept: for the backward, its input included; selected: of that, what selective checkpointing keeps; input: of that.
+    kept: for the backward, its input included. input: of that. dear: of it with attention's and sums over processes,
+    which selective checkpointing keeps; matmuls: outputs of each, in order, of which it keeps some.
     weights: kept besides, whatever the tokens: the matrices in the compute dtype, where nothing gathers them in it.
     working: what its backward needs besides what is kept, at most. forward, backward: traffic of everything that is no
-    matmul, convolution or attention. matmul: elements of weights that a token is multiplied with. tensor: gathered
-    and scattered in one forward, by all processes that share matrices. context: the same, of keys and values.
+    matmul, convolution or attention. repeated: matmuls that the backward computes again, as a share of the forward's.
+    tensor: gathered and scattered in one forward, by all processes that share matrices. context: the same, of keys and
+    values.
     """
 
     kept: float
-    selected: float
+    dear: float
+    matmuls: tuple[float, ...]
     input: float
     weights: float
     working: float
     forward: float
     backward: float
+    repeated: float
     tensor: float
     context: float
 
@@ -68,13 +76,17 @@ def layer_facts(
     compiled: bool,
     tensor: int = 1,
     gathered: int = 1,
+    fp8: bool = False,
+    budget: float = 1.0,
 ) -> LayerFacts:
-    """tensor: processes that share its matrices. gathered: parts of a row whose keys and values come together."""
+    """tensor: processes that share its matrices. gathered: parts of a row whose keys and values come together.
+    fp8, budget: as in training and its activation checkpointing."""
     spec = _SPECS.setdefault(id(layer), (repr(layer), layer))[0]  # a search asks often
-    key = (model.dim, model.max_length, spec, dtype, compiled, tensor, gathered)
+    key = (model.dim, model.max_length, spec, dtype, compiled, tensor, gathered, fp8, budget)
     if key not in _FACTS:
         one = model.model_copy(update={"layers": [layer], "vocab_size": 64 * tensor, "multi_token": None})
-        _FACTS[key] = _traced(one, dtype, compiled, tensor, gathered)
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            _FACTS[key] = _traced(one, dtype, compiled, tensor, gathered, fp8)
     return _FACTS[key]
 
 
@@ -82,7 +94,9 @@ _FACTS: dict[Any, LayerFacts] = {}
 _SPECS: dict[int, tuple[str, LayerConfig]] = {}
 
 
-def _traced(model: TransformerConfig, dtype: torch.dtype, compiled: bool, tensor: int, gathered: int) -> LayerFacts:
+def _traced(
+    model: TransformerConfig, dtype: torch.dtype, compiled: bool, tensor: int, gathered: int, fp8: bool
+) -> LayerFacts:
     if compiled:
         compile_layers(nn.ModuleDict())  # sets what the compiler, and so the partitioner, is set to in a run
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -97,6 +111,9 @@ def _traced(model: TransformerConfig, dtype: torch.dtype, compiled: bool, tensor
         whole: Transformer = model.build()
         whole.dtype = dtype
         (layer,) = whole.layers.values()
+        if fp8:
+            with suppress(ConfigError):  # of a layer none of whose sizes suit it
+                use_float8(whole, Mesh(), ParallelConfig())
         _cut(whole, tensor)
         x_BSD = torch.empty(1, TOKENS // tensor, model.dim, dtype=dtype, requires_grad=True)
         context = whole.with_tables(AttentionContext.causal(1, TOKENS, backend="planned"))
@@ -185,6 +202,9 @@ class _Graph:
     def fuses(self, node: fx.Node) -> bool:
         return node.op == "call_function" and "getitem" not in str(node.target) and not self.computes(node)
 
+    def matmuls(self) -> int:
+        return sum(self.computes(node) and "treadle_memory" not in str(node.target) for node in self.nodes)
+
     def regions(self) -> dict[fx.Node, int]:
         """Nodes that are one pass over memory, by the number of the last of them. Eagerly each is by itself."""
         region: dict[fx.Node, int] = {}
@@ -246,13 +266,13 @@ def _facts(forward: _Graph, backward: _Graph) -> LayerFacts:
     for node in forward.outputs[1:]:
         kept |= {key: size for key, size in forward.storages(node).items() if key not in given}
     tokens = {key: size for key, size in kept.items() if grows(size)}
-    selected, matmuls = forward.storages(x), itertools.count()
+    dear, matmuls = forward.storages(x), []
     for node in forward.nodes:
         name = str(node.target)
-        matmul = forward.computes(node) and "treadle_memory" not in name
-        dear = "treadle_memory.attention" in name or "treadle_memory.scatter" in name
-        if dear or (matmul and next(matmuls) % 2 == 0):  # as `activation_checkpointing` has it
-            selected |= forward.storages(node)
+        if "treadle_memory.attention" in name or "treadle_memory.scatter" in name:
+            dear |= forward.storages(node)
+        elif forward.computes(node) and "treadle_memory" not in name:
+            matmuls.append(sum(forward.storages(node).values()) / TOKENS)
     sent = {"tensor": 0.0, "context": 0.0}
     for node in forward.nodes:
         if "treadle_memory.gather" in str(node.target) or "treadle_memory.scatter" in str(node.target):
@@ -261,12 +281,14 @@ def _facts(forward: _Graph, backward: _Graph) -> LayerFacts:
     weights = {key for node in backward.outputs[1:] for key in backward.storages(node)}
     return LayerFacts(
         kept=sum(tokens.values()) / TOKENS,
-        selected=sum(selected.values()) / TOKENS,
+        dear=sum(dear.values()) / TOKENS,
+        matmuls=tuple(matmuls),
         input=forward.read(x) / TOKENS,
         weights=float(sum(kept.values()) - sum(tokens.values())),
         working=backward.peak(weights) / TOKENS,
         forward=forward.traffic() / TOKENS,
         backward=backward.traffic() / TOKENS,
+        repeated=max(0, backward.matmuls() - 2 * forward.matmuls()) / forward.matmuls() if forward.matmuls() else 0.0,
         tensor=sent["tensor"] / TOKENS,
         context=sent["context"] / TOKENS,
     )
@@ -381,7 +403,7 @@ def _stand_ins(compiled: bool, gathered: int) -> Iterator[None]:
     with (
         patch.dict(dispatch.BACKENDS, planned=backend),
         patch.object(context_parallel, "_all_gather", lambda x, *_: gather(x, gathered, "context")),
-        patch.object(context_parallel, "collectives", SimpleNamespace(wait_tensor=lambda x: x)),
+        patch.object(context_parallel, "arrived", lambda x: x),
         patch("torch.nn.functional.rms_norm", fused),
     ):
         yield

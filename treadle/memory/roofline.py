@@ -9,6 +9,7 @@ import math
 
 from treadle.memory.analytic import MASTER, Rank, Setting, bubble
 from treadle.memory.plan import StepTime
+from treadle.parallel.activation_checkpointing import offloads
 from treadle.train.optimizers import MuonConfig
 
 CASTS = 12  # bytes moved for each weight of a layer: read in fp32, written in bf16; its gradient the other way, added
@@ -37,15 +38,18 @@ def _rank_time(rank: Rank) -> StepTime:
     setting = rank.setting
     device, layout, n, T = setting.device, setting.layout, setting.micro_batches, setting.tokens
     bandwidth, mode = STREAM * device.bandwidth_tbs * 1e12, setting.training.activation_checkpointing
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]  # of a layer's matmuls, a second time
-    matmul = attention = traffic = 0.0
+    matmul = attention = traffic = 0.0  # seconds, seconds, bytes
+    wide = device.matmul_tflops * 1e12
+    narrow = (device.fp8_tflops or device.matmul_tflops) * 1e12 if setting.training.fp8 else wide
     sent = {"tensor": 0.0, "context": 0.0, "expert": 0.0}
     counts = dict.fromkeys(sent, 0.0)
     uneven = 2 - 1 / layout.context if layout.context_order == "contiguous" else 1.0
-    for (part, facts), unit in zip(rank.layers, rank.units, strict=True):
-        matmul += (3 + again) * part.flops * T / layout.tensor
+    for layer, unit in zip(rank.layers, rank.units, strict=True):
+        part, facts, (again, attends) = layer.part, layer.facts, layer.recomputed(mode)
+        once = part.narrow / narrow + (part.flops - part.narrow) / wide
+        matmul += (3 + again) * once * T / layout.tensor
         rate = device.attention_tflops if part.head_dim > 64 else device.attention_64_tflops
-        attention += (3.5 + (mode == "full")) * part.mixing * T / layout.tensor * uneven / (rate * 1e12)
+        attention += (3.5 + attends) * part.mixing * T / layout.tensor * uneven / (rate * 1e12)
         traffic += (facts.forward * (1 + (again > 0)) + facts.backward) * T + CASTS * unit
         sent["tensor"] += (2 + again) * facts.tensor * T
         sent["context"] += (2 + (again > 0)) * _context_bytes(rank, facts.context, facts.input) * T
@@ -56,11 +60,11 @@ def _rank_time(rank: Rank) -> StepTime:
     if rank.last:
         calls = 1 + len(setting.anatomy.further)
         vocabulary = setting.anatomy.head.cut / setting.model.dim / layout.tensor
-        matmul += 3 * calls * setting.anatomy.head.flops * T / layout.tensor
+        matmul += 3 * calls * setting.anatomy.head.flops * T / layout.tensor / wide
         traffic += calls * (3 * setting.width * vocabulary * T + (CASTS + MASTER) * vocabulary * setting.model.dim)
     if rank.first:
         traffic += 2 * MASTER * setting.model.dim * T + 2 * MASTER * setting.anatomy.embedding.here(layout.tensor)
-    compute = matmul / (device.matmul_tflops * 1e12) + attention
+    compute = matmul + attention
     memory = traffic / bandwidth
     waited: dict[str, float] = {}
     hidden: dict[str, float] = {}
@@ -88,6 +92,10 @@ def _rank_time(rank: Rank) -> StepTime:
         waited["pipeline"] = 2 * (layout.pipeline - 1) * hop  # as it fills and drains
         hidden["pipeline"] = 2 * n * stages * hop
     optimizer_seconds, offload = _optimizer(rank)
+    if offloads(mode):  # out in the forward, in again in the backward, but for the last layer's
+        moved = 2 * n * T * sum(layer.kept(mode) for layer in rank.layers[:-1]) / (device.host_gbs * 1e9)
+        hidden["host"] = min(moved, HIDDEN * n * (compute + memory))
+        offload += moved - hidden["host"]
     if offload:
         waited["host"] = offload
     return StepTime(
@@ -118,7 +126,7 @@ def _weights(rank: Rank) -> dict[str, tuple[float, float]]:
     n, w = setting.micro_batches, setting.width
     times = 2 * n if setting.freed else 1
     gathers = reduces = first = 0.0
-    for part, _ in rank.layers:
+    for part in (layer.part for layer in rank.layers):
         for elements, size, stride in (
             (part.here(layout.tensor) - part.experts / layout.tensor, setting.shards, layout.tensor),
             (
@@ -147,7 +155,7 @@ def _optimizer(rank: Rank) -> tuple[float, float]:
     layout, device = setting.layout, setting.device
     seconds = ADAMW * rank.own / (STREAM * device.bandwidth_tbs * 1e12)
     if isinstance(setting.optimizer, MuonConfig):
-        flops = sum(part.newton_schulz for part, _ in rank.layers) / (layout.tensor * setting.shards)
+        flops = sum(layer.part.newton_schulz for layer in rank.layers) / (layout.tensor * setting.shards)
         seconds += flops / (device.matmul_tflops * 1e12)
         seconds += _ring(setting, 4 * rank.matrices * setting.shards, setting.shards, layout.tensor, len(rank.layers))
     if not setting.parallel.cpu_offload:

@@ -6,19 +6,21 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from treadle.config import Config
+from treadle.config import Config, to_dict
 from treadle.errors import ConfigError
 from treadle.memory.analytic import Setting
 from treadle.memory.plan import GIB, TIGHT, Plan
 from treadle.memory.predict import check, plan_of
 from treadle.memory.roofline import step_time
 from treadle.nn.moe import MoEConfig
-from treadle.parallel.config import ZERO_BUBBLE, ParallelConfig
+from treadle.parallel.activation_checkpointing import CheckpointingConfig, FullConfig, NoneConfig, SelectiveConfig
+from treadle.parallel.config import ParallelConfig
 from treadle.parallel.fits import misfit
 from treadle.train.config import TrainingConfig
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
 ROWS = (1, 2, 4, 8)  # of a micro-batch
+KEPT: tuple[CheckpointingConfig, ...] = (NoneConfig(), SelectiveConfig(), FullConfig())
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def search(setting: Setting, count: int = 10) -> list[Found]:
         if max(rank.footprint().total for rank in tried.ranks) <= room:
             add = heapq.heappush if len(best) < 2 * count else heapq.heapreplace
             add(best, (speed, -number, tried, changes))
+    if setting.device.fp8_tflops and not setting.training.fp8 and not setting.parallel.async_tensor:
+        best += [each for _, _, tried, changes in best if (each := _in_fp8(tried, changes, room)) is not None]
     found: list[Found] = []
     for _, _, tried, changes in sorted(best, key=lambda item: item[:2], reverse=True):
         if len(found) < count and _possible(tried):
@@ -57,10 +61,18 @@ def search(setting: Setting, count: int = 10) -> list[Found]:
     return found
 
 
+def _in_fp8(setting: Setting, changes: Any, room: float) -> tuple[float, int, Setting, dict[str, Any]] | None:
+    """The same with matmuls in fp8, if it fits. It is tried on the fastest alone: it changes little about layouts."""
+    tried = replace(setting, training=setting.training.model_copy(update={"fp8": True}))
+    if max(rank.footprint().total for rank in tried.ranks) > room:
+        return None
+    return 1 / step_time(tried).total, 0, tried, {**changes, "training": {**changes["training"], "fp8": True}}
+
+
 def changed(setting: Setting, changes: dict[str, dict[str, Any]]) -> Setting:
     """The same recipe with other values of some keys. Raises ValueError where one is impossible by itself."""
-    training = TrainingConfig.model_validate(setting.training.model_dump() | changes.get("training", {}))
-    parallel = ParallelConfig.model_validate(setting.parallel.model_dump() | changes.get("parallel", {}))
+    training = TrainingConfig.model_validate(to_dict(setting.training) | changes.get("training", {}))
+    parallel = ParallelConfig.model_validate(to_dict(setting.parallel) | changes.get("parallel", {}))
     return replace(setting, training=training, parallel=parallel)
 
 
@@ -85,7 +97,7 @@ def _ways(setting: Setting) -> Iterator[tuple[Setting, dict[str, Any]]]:
     base: dict[str, Any] = {"stages_per_process": None, "stage_layers": None, "async_tensor": False, "reshard": "auto"}
     for pipeline, tensor, context in product(pipelines, tensors, contexts):
         data, rest = divmod(world, pipeline * tensor * context)
-        if rest or data == 0 or batch % data or (context > 1 and pipeline > 1):
+        if rest or data == 0 or batch % data:
             continue
         rows = batch // data
         for replicate, expert in product((1, 2, 4, 8, 16), _powers(64) if experts else (1,)):
@@ -95,12 +107,8 @@ def _ways(setting: Setting) -> Iterator[tuple[Setting, dict[str, Any]]]:
                 continue
             if shard * context % expert or any(number % expert for number in experts):
                 continue
-            for schedule, at_a_time, mode in product(
-                SCHEDULES if pipeline > 1 else ("1f1b",), ROWS, ("none", "selective", "full")
-            ):
+            for schedule, at_a_time, mode in product(SCHEDULES if pipeline > 1 else ("1f1b",), ROWS, KEPT):
                 if rows % at_a_time or (pipeline > 1 and rows // at_a_time < pipeline):
-                    continue
-                if schedule in ZERO_BUBBLE and (tensor > 1 or expert > 1):
                     continue
                 if schedule != "1f1b" and 2 * pipeline > layers:
                     continue
@@ -115,7 +123,8 @@ def _ways(setting: Setting) -> Iterator[tuple[Setting, dict[str, Any]]]:
 
 
 def _unlike(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if getattr(config, key) != value}
+    unlike = {key: value for key, value in values.items() if getattr(config, key) != value}
+    return {key: getattr(value, "kind", value) for key, value in unlike.items()}
 
 
 def _powers(most: int) -> list[int]:
