@@ -17,12 +17,19 @@ Changes = dict[str, dict[str, Any]]
 
 
 def cheapest(setting: Setting, count: int = 3) -> list[Found]:
-    """The changes that make a run fit at the least cost in time, cheapest first: single ones, else pairs of them."""
-    singles = list(_singles(setting))
-    fitting = [found for changes in singles if (found := _tried(setting, changes)) is not None]
-    if len(fitting) < count:
-        both = [_together(*pair) for pair in combinations(singles, 2)]
-        fitting += [found for changes in both if changes and (found := _tried(setting, changes)) is not None]
+    """The changes that make a run fit at the least cost in time, cheapest first: single ones, and pairs of those that
+    are not enough by themselves."""
+    fitting, short = list[Found](), list[Changes]()
+    for changes in _singles(setting):
+        found = _tried(setting, changes)
+        if found is None:
+            short.append(changes)
+        else:
+            fitting.append(found)
+    for changes in filter(None, (_together(*pair) for pair in combinations(short, 2))):
+        found = _tried(setting, changes)
+        if found is not None:
+            fitting.append(found)
     fitting.sort(key=lambda found: (found.plan.time.total, len(found.overrides())))
     kept: list[Found] = []
     for found in fitting:  # a pair that contains a change which is enough by itself says nothing new
