@@ -200,8 +200,9 @@ class Rank:
         total_units = sum(self.units) + self.root
         parameters = MASTER * self.own * on_device
         optimizer = self._state() * on_device
-        # Gradients that add up over micro-batches are not sharded before the last of them.
-        gradients = MASTER * total_units if n > 1 else 0.0
+        # Those that add up over micro-batches: shards, but in a pipeline whole until the last of them.
+        whole = layout.pipeline > 1 or not setting.sharded
+        gradients = (MASTER * total_units if whole else parameters) if n > 1 else 0.0
         stream = T * setting.model.dim * w / layout.tensor  # the residual stream
         held = in_flight(setting.parallel, layout.pipeline, n, self.number) if layout.pipeline > 1 else 1.0
         kept, casts = self._kept()
@@ -298,8 +299,9 @@ class Rank:
         table, stream = vocabulary * setting.model.dim, setting.tokens * setting.model.dim * setting.width
         kind = "cpu" if setting.device.name == "cpu" else "cuda"
         chunk = chunk_tokens(torch.device(kind), int(vocabulary))
-        # A loop's names hold the last chunk while the next is made: logits twice, and their gradient.
-        logits = (3 if setting.tokens > chunk else 2) * min(chunk, setting.tokens) * vocabulary * setting.width
+        # A loop's names hold the last chunk while the next is made; on a GPU logits become their gradient in place.
+        copies = (setting.tokens > chunk) + (2 if kind == "cpu" else 1)
+        logits = copies * min(chunk, setting.tokens) * vocabulary * setting.width
         calls = 1 + len(setting.anatomy.further)
         gradient = MASTER * table * calls + stream * calls + stream * (setting.layout.tensor > 1)
         cast = 0.0 if setting.sharded else table * setting.width

@@ -28,6 +28,7 @@ from treadle.attention import AttentionContext, AttentionFacts, context_parallel
 from treadle.attention.padding import one_dim
 from treadle.attention.parts import Parts
 from treadle.errors import ConfigError
+from treadle.kernels import collectives
 from treadle.nn.config import LayerConfig
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.roles import parameter_roles
@@ -402,8 +403,7 @@ def _stand_ins(compiled: bool, gathered: int) -> Iterator[None]:
     fused: Any = torch.rms_norm if compiled else lambda x, shape, weight, eps: _rms_norm(x, weight)[0]
     with (
         patch.dict(dispatch.BACKENDS, planned=backend),
-        patch.object(context_parallel, "_all_gather", lambda x, *_: gather(x, gathered, "context")),
-        patch.object(context_parallel, "arrived", lambda x: x),
+        patch.object(collectives, "gather", lambda given, *_: [gather(x, gathered, "context") for x in given]),
         patch("torch.nn.functional.rms_norm", fused),
     ):
         yield
