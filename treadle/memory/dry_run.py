@@ -1,0 +1,443 @@
+"""A training step without a GPU: the real model, cut, wrapped and sharded as it would be, steps on fake tensors.
+
+Fake tensors have shapes and no memory; a fake process group answers every collective at once. So any process of any
+layout runs here, `treadle.memory.live` watching what it would hold, and nothing of the build path is written twice.
+
+Depth costs no time: memory at a given moment, FLOPs and bytes sent grow linearly with the number of layers of a kind
+and with the number of micro-batches, once there are a few of each. Few are run, one more of each, and the rest follows.
+"""
+
+import dataclasses
+import math
+import multiprocessing
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining import stage as stages
+
+from treadle.attention import AttentionContext
+from treadle.config import Config, resolve, to_dict
+from treadle.data.packing import Batch
+from treadle.errors import ConfigError
+from treadle.memory.fused import backend
+from treadle.memory.live import HOST, LiveMemory, watch
+from treadle.memory.plan import Footprint
+from treadle.memory.stand_ins import even_load, on_cuda
+from treadle.nn.config import LayerConfig
+from treadle.nn.store import build_meta
+from treadle.nn.transformer import Transformer, TransformerConfig
+from treadle.parallel import config as layouts
+from treadle.parallel.config import Layout, ParallelConfig, check_layout
+from treadle.parallel.gradients import clip_gradients, gradient_norm
+from treadle.parallel.mesh import Mesh, World, make_mesh
+from treadle.parallel.pipeline import balance, costs, own_parameters
+from treadle.parallel.pipeline import _process as process_of
+from treadle.train import setup
+from treadle.train.config import TrainingConfig
+from treadle.train.forward_backward import forward_backward
+from treadle.train.losses import cross_entropy
+from treadle.train.optimizers import AdamWConfig, OptimizerConfig
+from treadle.train.routing import balance as balance_experts
+from treadle.train.session import SessionConfig
+
+FEW = 4  # layers of a kind: the first two and the last two of them have moments of their own
+AT_A_TIME = 2  # processes that simulate
+
+
+class DryRunConfig(Config):
+    """What of a training recipe decides about memory."""
+
+    imports: tuple[str, ...] = ()
+    model: TransformerConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One process of those that hold the same stages of the pipeline, in one step.
+
+    modules: of the peak, bytes by the part of the model that they belong to. moment: when the peak is.
+    communication: bytes of whole messages, by dimension of the mesh and operation.
+    """
+
+    pipeline_rank: int
+    footprint: Footprint
+    modules: dict[str, float]
+    moment: str
+    flops: float
+    communication: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One simulation: so many layers of each kind in each stage, and so many micro-batches."""
+
+    layers: tuple[tuple[tuple[str, int], ...], ...]  # by stage: (kind, number)
+    micro_batches: int
+
+
+@dataclass
+class Seen:
+    """Amounts by key, all of which are linear: ("memory", moment, category, module), ("flops",), ("bytes", ...)."""
+
+    amounts: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    def plus(self, factor: float, more: "Seen", less: "Seen") -> "Seen":
+        keys = self.amounts.keys() | more.amounts.keys()
+        slopes = {key: more.amounts.get(key, 0.0) - less.amounts.get(key, 0.0) for key in keys}
+        return Seen({key: self.amounts.get(key, 0.0) + factor * slopes[key] for key in keys})
+
+
+def dry_run(config: SessionConfig | DryRunConfig, world: int, *, device: str = "cuda") -> list[RankPlan]:
+    """What each process of a pipeline would hold at its peak, send and compute in one step; one plan for each.
+
+    Of the processes beside each other (replicate, shard, context, tensor) the first stands for all.
+    device: whose kernels are assumed, cuda or cpu. Raises ConfigError where model, batch and layout do not fit.
+    """
+    model, training = config.model, config.training
+    if model.vocab_size is None:
+        raise ConfigError("model.vocab_size: not set, and a dry run has no tokenizer to take it from; give a number")
+    arguments = (config.parallel, world, model, training.batch_size, training.sequence_length)
+    layout = check_layout(*arguments, rows=training.rows)
+    plain = {name: to_dict(config)[name] for name in DryRunConfig.model_fields}
+    # A process for each: of a process group only one can ever be faked in a process.
+    context = multiprocessing.get_context("spawn")
+    ranks = range(layout.pipeline)
+    options: dict[str, Any] = {"mp_context": context, "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(min(AT_A_TIME, layout.pipeline), **options) as pool:
+        return list(pool.map(partial(_plan_rank, plain, world, device), ranks))
+
+
+def _plan_rank(plain: dict[str, Any], world: int, device: str, rank: int) -> RankPlan:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    return plan_rank(resolve(DryRunConfig, plain), world, rank, device=device)
+
+
+def plan_rank(
+    config: DryRunConfig, world: int, rank: int = 0, *, device: str = "cuda", extrapolate: bool = True
+) -> RankPlan:
+    """The plan of one process of the pipeline, in this process, whose process group it takes."""
+    layout = config.parallel.layout(world)
+    full = _full_case(config, layout)
+    with fake_world(world, rank * world // layout.pipeline, layout) as mesh:
+        simulation = Simulation(config, mesh, device, [s for s in range(len(full.layers)) if _mine(s, config, rank)])
+        if not extrapolate:
+            return simulation.plan(simulation.run(full), rank)
+        few = simulation.few(full)
+        base = simulation.run(few)
+        result = base
+        for more, factor in simulation.steps(few, full):
+            result = result.plus(factor, simulation.run(more), base)
+        return simulation.plan(result, rank)
+
+
+def _mine(stage: int, config: DryRunConfig, rank: int) -> bool:
+    return process_of(stage, config.parallel) == rank
+
+
+def _kind(layer: LayerConfig) -> str:
+    return layer.model_dump_json()
+
+
+def _full_case(config: DryRunConfig, layout: Layout) -> Case:
+    kinds = [_kind(layer) for layer in config.model.expand()]
+    counts = [len(kinds)]
+    if layout.pipeline > 1:
+        whole = build_meta(config.model)
+        counts = config.parallel.stage_layers or balance(
+            *costs(whole, config.training.sequence_length), config.parallel.stages
+        )
+    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
+    layers = [tuple(Counter(kinds[end - count : end]).items()) for end, count in zip(ends, counts, strict=True)]
+    rows = config.training.batch_size // layout.data
+    return Case(tuple(layers), rows // min(rows, config.training.rows))
+
+
+@contextmanager
+def fake_world(world: int, rank: int, layout: Layout) -> Iterator[Mesh]:
+    """A process of a mesh whose other processes do not exist."""
+    if world == 1:
+        yield _FakeMesh()
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    new_group = dist.new_group
+    with mock.patch.object(dist, "new_group", lambda *_, **__: new_group(backend="fake")):
+        mesh = make_mesh(World(rank, world), layout, torch.device("cpu"))
+    yield _FakeMesh(**{each.name: getattr(mesh, each.name) for each in dataclasses.fields(mesh)})
+    dist.destroy_process_group()
+
+
+class _FakeMesh(Mesh):
+    """Whose processes all have the same to say."""
+
+    def sum_counts(self, *counts: int) -> list[int]:
+        return [count * self.layout.data * self.layout.context for count in counts]
+
+    def union(self, values: dict[str, Any]) -> dict[str, Any]:
+        return values
+
+
+class _FakeTensors(FakeTensorMode):
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # or compiled layers would run as if they were not
+
+
+class Simulation:
+    """Runs cases of one configuration on one process of its layout. mine: the stages that are here."""
+
+    def __init__(self, config: DryRunConfig, mesh: Mesh, device: str, mine: list[int]):
+        self.config, self.mesh, self.device, self.mine = config, mesh, device, mine
+        self.by_kind = {_kind(layer): layer for layer in config.model.expand()}
+        self.names = _names(list(self.by_kind.values()))
+
+    def few(self, full: Case) -> Case:
+        """The smallest case from which the full one follows."""
+        layers = []
+        for stage, counts in enumerate(full.layers):
+            limit = FEW if stage in self.mine else 1
+            found = tuple((kind, min(number, limit)) for kind, number in counts)
+            layers.append(found if stage in self.mine else found[:1])
+        return Case(tuple(layers), self._valid(full.micro_batches, full))
+
+    def _valid(self, most: int, full: Case) -> int:
+        """Micro-batches: as few as fill the pipeline, and as its schedule can run."""
+        parallel = self.config.parallel
+        if self.mesh.pipeline is None:
+            return min(most, 2)
+        least = len(full.layers) + 1
+        return next(n for n in range(min(least, most), most + 1) if n == most or self._runs(n, parallel))
+
+    @staticmethod
+    def _runs(number: int, parallel: ParallelConfig) -> bool:
+        return layouts._fits(parallel.schedule, parallel.pipeline, parallel.stages, number, 1)
+
+    def steps(self, few: Case, full: Case) -> Iterator[tuple[Case, float]]:
+        """Cases with more of something, and how many times their difference the full case has."""
+        for kind in self.by_kind:
+            here, there = ([dict(case.layers[s]).get(kind, 0) for s in self.mine] for case in (few, full))
+            added = sum(n < wanted for n, wanted in zip(here, there, strict=True))
+            if added:
+                layers = [
+                    tuple((k, n + (k == kind and stage in self.mine and n < dict(full.layers[stage])[k])) for k, n in s)
+                    for stage, s in enumerate(few.layers)
+                ]
+                yield Case(tuple(layers), few.micro_batches), (sum(there) - sum(here)) / added
+        if few.micro_batches < full.micro_batches:
+            numbers = range(few.micro_batches + 1, full.micro_batches + 1)
+            parallel = self.config.parallel
+            more = next(n for n in numbers if self.mesh.pipeline is None or self._runs(n, parallel))
+            added = more - few.micro_batches
+            yield Case(few.layers, more), (full.micro_batches - few.micro_batches) / added
+
+    def run(self, case: Case) -> Seen:
+        meter, fake = LiveMemory(), _FakeTensors(allow_non_fake_inputs=True)
+        with self._pretending(meter, fake):
+            model, training = self._build(case)
+            with fake:
+                optimizers = self.config.optimizer.build(model).optimizers
+                batches = self._batches(case, training)
+                with meter:
+                    meter.counting = True
+                    self._step(meter, model, optimizers, batches)  # states, caches and compiled layers come to be
+                    self._mark(meter, model, optimizers)
+                    meter.begin()
+                    self._step(meter, model, optimizers, batches)
+                    meter.counting = False
+        amounts: dict[tuple[Any, ...], float] = {("flops",): meter.costs.flops}
+        amounts |= {("bytes", *key): float(size) for key, size in meter.costs.bytes.items()}
+        for moment in meter.peaks:
+            for (category, module), size in meter.at(moment).items():
+                amounts["memory", moment, category, module] = float(size)
+        return Seen(amounts)
+
+    @contextmanager
+    def _pretending(self, meter: LiveMemory, fake: FakeTensorMode) -> Iterator[None]:
+        to_empty = Transformer.to_empty
+
+        def given_fake_memory(model: Transformer, **options: Any) -> Transformer:
+            with fake:
+                return to_empty(model, **options)
+
+        compiled = {"backend": backend(meter)}
+        patches: list[Any] = [
+            mock.patch.object(Transformer, "to_empty", given_fake_memory),
+            mock.patch.object(Transformer, "initialise", lambda model, *_, **__: model),
+            mock.patch.object(setup, "compile_layers", partial(setup.compile_layers, **compiled)),
+            mock.patch.object(setup, "compile_between", partial(setup.compile_between, **compiled)),
+            even_load(),
+        ]
+        if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):  # torch 2.13 lets stages vote on what all know
+            patches.append(mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", _all_static))
+        if self.device == "cuda":
+            patches.append(on_cuda(meter, compiled=self.config.training.compile))
+        torch._dynamo.reset()
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            yield
+
+    def _build(self, case: Case) -> tuple[Transformer, TrainingConfig]:
+        config = self.config
+        stack = [kind for stage in case.layers for kind, number in stage for _ in range(number)]
+        changed: dict[str, Any] = {"layers": [self.by_kind[kind] for kind in stack]}
+        further: Any = config.model.multi_token
+        if further is not None and getattr(further, "layer", None) is None:
+            changed["multi_token"] = further.model_copy(update={"layer": config.model.expand()[-1]})
+        parallel = config.parallel
+        if len(case.layers) > 1:
+            counts = [sum(number for _, number in stage) for stage in case.layers]
+            parallel = parallel.model_copy(update={"stage_layers": counts})
+        model = setup.build_model(
+            config.model.model_copy(update=changed), config.training, seed=0, mesh=self.mesh, parallel=parallel
+        )
+        model.train()
+        return model, config.training
+
+    def _batches(self, case: Case, training: TrainingConfig) -> list[Batch]:
+        rows = min(training.rows, training.batch_size // self.mesh.layout.data)
+        length = training.sequence_length
+        tokens_BS = torch.zeros(rows, length, dtype=torch.int64)
+        context, samples_B = AttentionContext.causal(rows, length), torch.zeros(rows, dtype=torch.int64)
+        return [
+            Batch(tokens_BS.clone(), tokens_BS.clone(), context, rows * length, samples_B, samples_B)
+            for _ in range(case.micro_batches)
+        ]
+
+    def _step(self, meter: LiveMemory, model: Transformer, optimizers: list[Any], batches: list[Batch]) -> None:
+        """As `treadle.train.loop` takes it."""
+        if not hasattr(model, "watched"):
+            self._watch(meter, model)
+        meter.category, meter.module, meter.moment = "activations", "", ("start",)
+        training = self.config.training
+        loss = partial(cross_entropy, z_loss=training.z_loss)
+        result = forward_backward(model, batches, loss, mesh=self.mesh)
+        offloaded = self.config.parallel.cpu_offload
+        for name, parameter in model.named_parameters():
+            meter.module = self._part(model, name)
+            meter.mark([parameter.grad], HOST if offloaded else "gradients")
+        meter.category, meter.module, meter.moment = "workspace", "optimizer", ("optimizer",)
+        norm = gradient_norm(own_parameters(model), self.mesh)
+        if training.clip_norm is not None:
+            clip_gradients(model.parameters(), training.clip_norm, norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        balance_experts(model, result.loads)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _watch(self, meter: LiveMemory, model: Transformer) -> None:
+        model.watched = True  # type: ignore[assignment]
+        order: dict[str, list[str]] = {}
+        for index, layer in enumerate(model.config.expand()):
+            if str(index) in model.layers:
+                order.setdefault(_kind(layer), []).append(str(index))
+        for kind, indices in order.items():
+            for place, index in enumerate(indices):
+                # Distance to the nearer end of its kind: what is in the middle is never more than both.
+                edge = min((place, "start"), (len(indices) - 1 - place, "end"), key=lambda end: (end[0], end[1]))
+                watch(meter, model.layers[index], f"layers {self.names[kind]}", ("forward", self.names[kind], *edge))
+                if not self.config.training.compile:
+                    for path, module in model.layers[index].named_children():
+                        watch(meter, module, f"layers {self.names[kind]} {path}", None)
+        if model.embedding is not None:
+            watch(meter, model.embedding, "embedding", ("forward", "embedding"))
+        if model.multi_token is not None:
+            for module in model.multi_token.layers.values():
+                watch(meter, module, "multi_token", ("forward", "multi_token"))
+        if model.head is not None:
+            self._watch_loss(meter, model.head)
+
+    @staticmethod
+    def _watch_loss(meter: LiveMemory, head: Any) -> None:
+        penalised_cross_entropy = head.penalised_cross_entropy
+
+        def back(_: Any) -> None:
+            meter.category, meter.module, meter.moment = "loss", "head", ("backward", "loss")
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before = meter.module
+            meter.module, meter.moment = "head", ("loss",)
+            with meter.as_("loss"):
+                total, penalty = penalised_cross_entropy(*args, **kwargs)
+            meter.module = before
+            total.register_hook(back)
+            return total, penalty
+
+        head.penalised_cross_entropy = watched
+
+    def _mark(self, meter: LiveMemory, model: Transformer, optimizers: list[Any]) -> None:
+        offloaded = self.config.parallel.cpu_offload
+        states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+        for name, parameter in model.named_parameters():
+            meter.module = self._part(model, name)
+            meter.mark([parameter], HOST if offloaded else "parameters")
+            meter.mark(states.get(parameter, {}).values(), HOST if offloaded else "optimizer")
+
+    def _part(self, model: Transformer, name: str) -> str:
+        first, _, rest = name.partition(".")
+        if first != "layers":
+            return first
+        index, _, rest = rest.partition(".")
+        found = f"layers {self.names[_kind(model.config.expand()[int(index)])]}"
+        return found if self.config.training.compile else f"{found} {rest.partition('.')[0]}"
+
+    def plan(self, seen: Seen, rank: int) -> RankPlan:
+        totals: Counter[Any] = Counter()
+        for key, size in seen.amounts.items():
+            if key[0] == "memory" and key[2] != HOST:
+                totals[key[1]] += size
+        peak = max(totals, key=lambda moment: totals[moment])
+        categories, modules = Counter[str](), Counter[str]()
+        for key, size in seen.amounts.items():
+            if key[:2] == ("memory", peak) and key[2] != HOST:
+                categories[key[2]] += size
+                modules[key[3]] += size
+        groups = self._groups()
+        communication: dict[str, dict[str, float]] = {}
+        for key, size in seen.amounts.items():
+            if key[0] == "bytes" and size:
+                communication.setdefault(groups.get(key[1], "other"), {})[key[2]] = size
+        told = " ".join(map(str, peak))
+        return RankPlan(rank, Footprint(**categories), dict(modules), told, seen.amounts["flops",], communication)
+
+    def _groups(self) -> dict[str, str]:
+        """Dimensions of the mesh by the names of their process groups."""
+        found = {}
+        for name in ("batch", "pipeline", "context", "tensor", "expert", "expert_fsdp", "fsdp"):
+            mesh = getattr(self.mesh, name)
+            for dimension in () if mesh is None else mesh.mesh_dim_names:
+                found[mesh.get_group(dimension).group_name] = "shard" if dimension == "shard_context" else dimension
+        return found
+
+
+def _names(layers: list[LayerConfig]) -> dict[str, str]:
+    """A short name for each kind of layer."""
+    found: dict[str, str] = {}
+    for layer in layers:
+        parts = [getattr(layer, part, None) for part in ("mixer", "feedforward")]
+        name = "+".join(str(part.kind) for part in parts if part is not None) or str(getattr(layer, "kind", "layer"))
+        number = sum(other.partition("#")[0] == name for other in found.values())
+        found[_kind(layer)] = f"{name}#{number + 1}" if number else name
+    return found
+
+
+def _all_static(self: Any, stages_here: Any, *_: Any) -> None:
+    for stage in stages_here:
+        stage._inference_mode = stages.InferenceMode.STATIC
