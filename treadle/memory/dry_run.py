@@ -96,7 +96,8 @@ class Seen:
     amounts: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     def plus(self, factor: float, more: "Seen", less: "Seen") -> "Seen":
-        keys = self.amounts.keys() | more.amounts.keys()
+        moments = {key[1] for key in self.amounts if key[0] == "memory"}  # another is between two of these, or less
+        keys = self.amounts.keys() | {key for key in more.amounts if key[0] != "memory" or key[1] in moments}
         slopes = {key: more.amounts.get(key, 0.0) - less.amounts.get(key, 0.0) for key in keys}
         return Seen({key: self.amounts.get(key, 0.0) + factor * slopes[key] for key in keys})
 

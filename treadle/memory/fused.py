@@ -42,7 +42,7 @@ def backend(meter: LiveMemory) -> Any:
     """For `torch.compile`: graphs on fake tensors that do to the meter what compiled code does to memory."""
 
     def compiler(graph: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
-        return Region(graph, meter)
+        return Region(graph, meter).run
 
     return aot_autograd(
         fw_compiler=compiler,
@@ -53,9 +53,7 @@ def backend(meter: LiveMemory) -> Any:
 
 
 class Region:
-    """A compiled graph. Called, in the compiler's convention, with a list of inputs that it empties."""
-
-    _boxed_call = True
+    """A compiled graph. `run` is called, in the compiler's convention, with a list of inputs that it empties."""
 
     def __init__(self, module: fx.GraphModule, meter: LiveMemory):
         self.meter, graph = meter, module.graph
@@ -108,7 +106,7 @@ class Region:
             reads[node] = found
         self.kernels = [(node, reads[node]) for node, _ in self.kernels]
 
-    def __call__(self, arguments: list[Any]) -> list[Any]:
+    def run(self, arguments: list[Any]) -> list[Any]:
         meter = self.meter
         held: dict[Base, Any] = {(node, 0): value for node, value in zip(self.inputs, arguments, strict=True)}
         held |= {(node, 0): value for node, value in self.attributes.items()}
@@ -133,6 +131,8 @@ class Region:
         if meter.counting:
             meter.costs.add(self.costs)
         return [self._output(node, held) for node in self.outputs]
+
+    run._boxed_call = True  # type: ignore[attr-defined]
 
     def _output(self, node: Any, held: dict[Base, Any]) -> Any:
         if not isinstance(node, fx.Node):

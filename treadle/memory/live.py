@@ -79,7 +79,8 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = local(tensor).untyped_storage()
                 if storage._cdata in self._live:
-                    self._live[storage._cdata][0].category = category
+                    block = self._live[storage._cdata][0]
+                    block.category, block.module = category, self.module
                 else:
                     with self.as_(category):
                         self._track(storage)
