@@ -47,7 +47,7 @@ from treadle.train import setup
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
 from treadle.train.losses import cross_entropy
-from treadle.train.optimizers import AdamWConfig, OptimizerConfig
+from treadle.train.optimizers import AdamWConfig, OptimizerConfig, trainable
 from treadle.train.routing import balance as balance_experts
 from treadle.train.session import SessionConfig
 
@@ -206,6 +206,8 @@ class Simulation:
 
     def __init__(self, config: DryRunConfig, mesh: Mesh, device: str, mine: list[int]):
         self.config, self.mesh, self.device, self.mine = config, mesh, device, mine
+        # One of each, for all cases: so they share what is compiled.
+        self.meter, self.fake = LiveMemory(), _FakeTensors(allow_non_fake_inputs=True)
         self.by_kind = {_kind(layer): layer for layer in config.model.expand()}
         self.names = _names(list(self.by_kind.values()))
 
@@ -249,17 +251,18 @@ class Simulation:
             yield Case(few.layers, more), (full.micro_batches - few.micro_batches) / added
 
     def run(self, case: Case) -> Seen:
-        meter, fake = LiveMemory(), _FakeTensors(allow_non_fake_inputs=True)
+        meter, fake = self.meter, self.fake
         with self._pretending(meter, fake):
-            model, training = self._build(case)
+            model = self._build(case)
+            self._watch(meter, model)
             with fake:
                 optimizers = self.config.optimizer.build(model).optimizers
-                batches = self._batches(case, training)
+                batches = self._batches(case)
+                self._step_once(model, optimizers)
                 with meter:
-                    meter.counting = True
-                    self._step(meter, model, optimizers, batches)  # states, caches and compiled layers come to be
                     self._mark(meter, model, optimizers)
                     meter.begin()
+                    meter.counting = True
                     self._step(meter, model, optimizers, batches)
                     meter.counting = False
         amounts: dict[tuple[Any, ...], float] = {("flops",): meter.costs.flops}
@@ -267,6 +270,7 @@ class Simulation:
         for moment in meter.peaks:
             for (category, module), size in meter.at(moment).items():
                 amounts["memory", moment, category, module] = float(size)
+        meter.forget()
         return Seen(amounts)
 
     @contextmanager
@@ -291,13 +295,21 @@ class Simulation:
             patches.append(mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", _all_static))
         if self.device == "cuda":
             patches.append(on_cuda(meter, compiled=self.config.training.compile))
-        torch._dynamo.reset()
         with ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(patch)
             yield
 
-    def _build(self, case: Case) -> tuple[Transformer, TrainingConfig]:
+    @staticmethod
+    def _step_once(model: Transformer, optimizers: list[Any]) -> None:
+        """For the optimizers to have their state."""
+        for parameter in trainable(model).values():
+            parameter.grad = torch.zeros_like(parameter)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _build(self, case: Case) -> Transformer:
         config = self.config
         stack = [kind for stage in case.layers for kind, number in stage for _ in range(number)]
         changed: dict[str, Any] = {"layers": [self.by_kind[kind] for kind in stack]}
@@ -312,9 +324,10 @@ class Simulation:
             config.model.model_copy(update=changed), config.training, seed=0, mesh=self.mesh, parallel=parallel
         )
         model.train()
-        return model, config.training
+        return model
 
-    def _batches(self, case: Case, training: TrainingConfig) -> list[Batch]:
+    def _batches(self, case: Case) -> list[Batch]:
+        training = self.config.training
         rows = min(training.rows, training.batch_size // self.mesh.layout.data)
         length = training.sequence_length
         tokens_BS = torch.zeros(rows, length, dtype=torch.int64)
@@ -326,8 +339,6 @@ class Simulation:
 
     def _step(self, meter: LiveMemory, model: Transformer, optimizers: list[Any], batches: list[Batch]) -> None:
         """As `treadle.train.loop` takes it."""
-        if not hasattr(model, "watched"):
-            self._watch(meter, model)
         meter.category, meter.module, meter.moment = "activations", "model", ("start",)
         training = self.config.training
         loss = partial(cross_entropy, z_loss=training.z_loss)
@@ -347,7 +358,6 @@ class Simulation:
             optimizer.zero_grad(set_to_none=True)
 
     def _watch(self, meter: LiveMemory, model: Transformer) -> None:
-        model.watched = True  # type: ignore[assignment]
         order: dict[str, list[str]] = {}
         for index, layer in enumerate(model.config.expand()):
             if str(index) in model.layers:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -122,17 +123,23 @@ class LiveMemory(TorchDispatchMode):
         self.blocks, self.peaks, self.costs, self.clock = alive, {}, Costs(), 1
         self.current = sum(block.size for block in alive if block.category != HOST)
 
+    def forget(self) -> None:
+        """Everything: what is alive is of no interest any more."""
+        self._live, self.blocks = {}, []
+
     def _track(self, storage: Any) -> None:
         key = storage._cdata
         if key in self._live:
             return
         block = Block(rounded(storage.nbytes()), self.category, self.module, self.clock)
         self.blocks.append(block)
-        self._live[key] = block, weakref.ref(storage, lambda _: self._drop(key))
+        self._live[key] = block, weakref.ref(storage, partial(self._drop, key))
         self._change(block.size, block.category)
 
-    def _drop(self, key: int) -> None:
-        block, _ = self._live.pop(key)
+    def _drop(self, key: int, _: Any = None) -> None:
+        block, _ = self._live.pop(key, (None, None))
+        if block is None:
+            return
         block.died = self.clock
         self._change(-block.size, block.category)
 
