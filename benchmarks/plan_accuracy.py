@@ -85,7 +85,7 @@ def measure(name: str) -> dict[str, Any]:
     loop = Loop(state, training, ConstantConfig(warmup=1), cross_entropy, mesh=mesh)
     batches = random_batches(training.rows, training.sequence_length, config.model.vocab_size, 8, document=None)
     each = training.batch_size // training.rows
-    steps = [sum(batches[:each], []) for _ in range(training.steps)]
+    steps = [[batch for step in batches[:each] for batch in step] for _ in range(training.steps)]
     loop.run(steps[: training.steps - 1] + steps[-1:])
     own = subprocess.run(
         ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],

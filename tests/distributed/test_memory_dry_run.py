@@ -31,9 +31,7 @@ MODELS = {
 
 def config_of(model: str, sizes: dict[str, Any], changes: dict[str, Any]) -> DryRunConfig:
     training = {"steps": 3, "sequence_length": 128, "batch_size": 8, "compile": False, **changes}
-    return DryRunConfig.model_validate(
-        {"model": to_dict(MODELS[model]), "training": training, "parallel": sizes}
-    )
+    return DryRunConfig.model_validate({"model": to_dict(MODELS[model]), "training": training, "parallel": sizes})
 
 
 def measured(model: str, sizes: dict[str, Any], changes: dict[str, Any]) -> float:

@@ -8,7 +8,6 @@ and with the number of micro-batches, once there are a few of each. Few are run,
 """
 
 import dataclasses
-import math
 import multiprocessing
 import warnings
 from collections import Counter
@@ -41,8 +40,8 @@ from treadle.parallel import config as layouts
 from treadle.parallel.config import Layout, ParallelConfig, check_layout
 from treadle.parallel.gradients import clip_gradients, gradient_norm
 from treadle.parallel.mesh import Mesh, World, make_mesh
-from treadle.parallel.pipeline import balance, costs, own_parameters
 from treadle.parallel.pipeline import _process as process_of
+from treadle.parallel.pipeline import balance, costs, own_parameters
 from treadle.train import setup
 from treadle.train.config import TrainingConfig
 from treadle.train.forward_backward import forward_backward
@@ -177,11 +176,14 @@ def fake_world(world: int, rank: int, layout: Layout) -> Iterator[Mesh]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    new_group = dist.new_group
-    with mock.patch.object(dist, "new_group", lambda *_, **__: new_group(backend="fake")):
+    with mock.patch.object(dist, "new_group", _in_fake_groups(dist.new_group)):
         mesh = make_mesh(World(rank, world), layout, torch.device("cpu"))
     yield _FakeMesh(**{each.name: getattr(mesh, each.name) for each in dataclasses.fields(mesh)})
     dist.destroy_process_group()
+
+
+def _in_fake_groups(new_group: Any) -> Any:
+    return lambda *_, **__: new_group(backend="fake")
 
 
 class _FakeMesh(Mesh):

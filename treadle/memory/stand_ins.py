@@ -37,11 +37,11 @@ def on_cuda(meter: LiveMemory, *, compiled: bool) -> Iterator[None]:
 
     elements = linear_cross_entropy.CHUNK_ELEMENTS
     patches = [
-        mock.patch.object(dispatch, "choose", lambda *_: "stand-in"),
+        mock.patch.object(dispatch, "choose", _stand_in),
         mock.patch.dict(dispatch.BACKENDS, {"stand-in": _Attention}),  # type: ignore[dict-item]
         mock.patch.dict(elements, {"cpu": elements["cuda"]}),
-        mock.patch.object(linear_cross_entropy, "_chunk_step", lambda _: loss),
-        mock.patch.object(vocabulary, "_steps", lambda _: shared),
+        mock.patch.object(linear_cross_entropy, "_chunk_step", _always(loss)),
+        mock.patch.object(vocabulary, "_steps", _always(shared)),
         *(
             mock.patch.object(module, "add_outer_products", add)
             for module in (linear_cross_entropy, vocabulary, weight_gradients)
@@ -58,6 +58,14 @@ def on_cuda(meter: LiveMemory, *, compiled: bool) -> Iterator[None]:
         for patch in patches:
             stack.enter_context(patch)
         yield
+
+
+def _stand_in(*_: Any) -> str:
+    return "stand-in"
+
+
+def _always(value: Any) -> Any:
+    return lambda *_: value
 
 
 @contextmanager
