@@ -94,10 +94,10 @@ def planned(model: str, sizes: dict[str, Any], changes: dict[str, Any], world: i
 def test_planned_peak_is_the_measured_one(
     model: str, world: int, sizes: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    found = run(measured, world, model, sizes, changes) if world > 1 else run(measured, 1, model, {"shard": 1}, changes)
+    found = run(measured, world, model, sizes, changes, seconds=200.0)
     stages = sizes.get("pipeline", 1)
     for rank in range(stages):
-        (plan,) = run(planned, 1, model, sizes, changes, world, rank)
+        (plan,) = run(planned, 1, model, sizes, changes, world, rank, seconds=200.0)
         real = found[rank * world // stages]
         assert plan.footprint.total == pytest.approx(real, rel=0.03), (plan, real)
 

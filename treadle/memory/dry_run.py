@@ -10,7 +10,7 @@ and with the number of micro-batches, once there are a few of each. Few are run,
 import dataclasses
 import multiprocessing
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -88,6 +88,10 @@ class Case:
     micro_batches: int
 
 
+def _case(layers: list[dict[str, int]], micro_batches: int) -> Case:
+    return Case(tuple(tuple(counts.items()) for counts in layers), micro_batches)
+
+
 @dataclass
 class Seen:
     """Amounts by key, all of which are linear: ("memory", moment, category, module), ("flops",), ("bytes", ...)."""
@@ -135,14 +139,8 @@ def plan_rank(
     full = _full_case(config, layout)
     with fake_world(world, rank * world // layout.pipeline, layout) as mesh:
         simulation = Simulation(config, mesh, device, [s for s in range(len(full.layers)) if _mine(s, config, rank)])
-        if not extrapolate:
-            return simulation.plan(simulation.run(full), rank)
-        few = simulation.few(full)
-        base = simulation.run(few)
-        result = base
-        for more, factor in simulation.steps(few, full):
-            result = result.plus(factor, simulation.run(more), base)
-        return simulation.plan(result, rank)
+        seen = simulation.extrapolated(full) if extrapolate else simulation.run(full)
+        return simulation.plan(seen, rank)
 
 
 def _mine(stage: int, config: DryRunConfig, rank: int) -> bool:
@@ -213,44 +211,42 @@ class Simulation:
         self.by_kind = {_kind(layer): layer for layer in config.model.expand()}
         self.names = _names(list(self.by_kind.values()))
 
-    def few(self, full: Case) -> Case:
-        """The smallest case from which the full one follows."""
-        layers = []
-        for stage, counts in enumerate(full.layers):
-            limit = FEW if stage in self.mine else 1
-            found = tuple((kind, min(number, limit)) for kind, number in counts)
-            layers.append(found if stage in self.mine else found[:1])
-        return Case(tuple(layers), self._valid(full.micro_batches, full))
+    def extrapolated(self, full: Case) -> Seen:
+        """The full case, from a few layers and micro-batches. What both add up to is a product: one after the other."""
+        number = self._micro_batches(full)
+        seen = self._at_depth(full, number)
+        if number < full.micro_batches:
+            numbers = range(number + 1, full.micro_batches + 1)
+            more = next(n for n in numbers if self.mesh.pipeline is None or self._runs(n))
+            seen = seen.plus((full.micro_batches - number) / (more - number), self._at_depth(full, more), seen)
+        return seen
 
-    def _valid(self, most: int, full: Case) -> int:
-        """Micro-batches: as few as fill the pipeline, and as its schedule can run."""
-        parallel = self.config.parallel
+    def _micro_batches(self, full: Case) -> int:
+        """As few as fill the pipeline, and as its schedule can run."""
+        most = full.micro_batches
         if self.mesh.pipeline is None:
             return min(most, 2)
-        least = len(full.layers) + 1
-        return next(n for n in range(min(least, most), most + 1) if n == most or self._runs(n, parallel))
+        return next(n for n in range(min(len(full.layers) + 1, most), most + 1) if n == most or self._runs(n))
 
-    @staticmethod
-    def _runs(number: int, parallel: ParallelConfig) -> bool:
+    def _runs(self, number: int) -> bool:
+        parallel = self.config.parallel
         return layouts._fits(parallel.schedule, parallel.pipeline, parallel.stages, number, 1)
 
-    def steps(self, few: Case, full: Case) -> Iterator[tuple[Case, float]]:
-        """Cases with more of something, and how many times their difference the full case has."""
+    def _at_depth(self, full: Case, micro_batches: int) -> Seen:
+        here = set(self.mine)
+        few = [
+            {kind: min(n, FEW) for kind, n in counts} if stage in here else {counts[0][0]: 1}
+            for stage, counts in enumerate(full.layers)
+        ]
+        base = self.run(_case(few, micro_batches))
+        result = base
         for kind in self.by_kind:
-            here, there = ([dict(case.layers[s]).get(kind, 0) for s in self.mine] for case in (few, full))
-            added = sum(n < wanted for n, wanted in zip(here, there, strict=True))
-            if added:
-                layers = [
-                    tuple((k, n + (k == kind and stage in self.mine and n < dict(full.layers[stage])[k])) for k, n in s)
-                    for stage, s in enumerate(few.layers)
-                ]
-                yield Case(tuple(layers), few.micro_batches), (sum(there) - sum(here)) / added
-        if few.micro_batches < full.micro_batches:
-            numbers = range(few.micro_batches + 1, full.micro_batches + 1)
-            parallel = self.config.parallel
-            more = next(n for n in numbers if self.mesh.pipeline is None or self._runs(n, parallel))
-            added = more - few.micro_batches
-            yield Case(few.layers, more), (full.micro_batches - few.micro_batches) / added
+            deeper = [stage for stage in self.mine if few[stage].get(kind, 0) < dict(full.layers[stage]).get(kind, 0)]
+            if deeper:
+                more = [{**counts, kind: counts[kind] + 1} if s in deeper else counts for s, counts in enumerate(few)]
+                left = sum(dict(full.layers[stage])[kind] - few[stage][kind] for stage in deeper)
+                result = result.plus(left / len(deeper), self.run(_case(more, micro_batches)), base)
+        return result
 
     def run(self, case: Case) -> Seen:
         meter, fake = self.meter, self.fake
@@ -361,9 +357,9 @@ class Simulation:
 
     def _watch(self, meter: LiveMemory, model: Transformer) -> None:
         order: dict[str, list[str]] = {}
-        for index, layer in enumerate(model.config.expand()):
-            if str(index) in model.layers:
-                order.setdefault(_kind(layer), []).append(str(index))
+        for number, layer in enumerate(model.config.expand()):
+            if str(number) in model.layers:
+                order.setdefault(_kind(layer), []).append(str(number))
         for kind, indices in order.items():
             for place, index in enumerate(indices):
                 # Distance to the nearer end of its kind: what is in the middle is never more than both.
@@ -415,12 +411,12 @@ class Simulation:
         return found if self.config.training.compile else f"{found} {rest.partition('.')[0]}"
 
     def plan(self, seen: Seen, rank: int) -> RankPlan:
-        totals: Counter[Any] = Counter()
+        totals: dict[Any, float] = defaultdict(float)
         for key, size in seen.amounts.items():
             if key[0] == "memory" and key[2] != HOST:
                 totals[key[1]] += size
         peak = max(totals, key=lambda moment: totals[moment])
-        categories, modules = Counter[str](), Counter[str]()
+        categories, modules = defaultdict[str, float](float), defaultdict[str, float](float)
         for key, size in seen.amounts.items():
             if key[:2] == ("memory", peak) and key[2] != HOST:
                 categories[key[2]] += size

@@ -36,7 +36,7 @@ def on_cuda(meter: LiveMemory, *, compiled: bool) -> Iterator[None]:
         meter.costs.flops += 2 * dlogits_CV.numel() * x_CD.shape[1] * meter.counting
 
     elements = linear_cross_entropy.CHUNK_ELEMENTS
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(dispatch, "choose", _stand_in),
         mock.patch.dict(dispatch.BACKENDS, {"stand-in": _Attention}),  # type: ignore[dict-item]
         mock.patch.dict(elements, {"cpu": elements["cuda"]}),
