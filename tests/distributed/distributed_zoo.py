@@ -1,11 +1,13 @@
 """Tiny models and batches that every rank builds alike, and what a step makes of them."""
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from harness import meshed
+from harness import meshed, run
 from torch import Tensor
 
 from treadle.config import resolve
@@ -99,6 +101,12 @@ MODELS: dict[str, TransformerConfig] = {
         position={"kind": "learned"},
     ),
     "even": spec([layer(feedforward={**MOE, "balance_loss": 0.0})]),
+    "sixteen": spec(  # halves of matrices are multiples of 16
+        [
+            layer({**ATTENTION, "bias": True, "output_bias": True}, {**DENSE, "dim": 64}, 1),
+            layer(feedforward={**GATED, "dim": 64}, repeat=1),
+        ]
+    ),
     "deep": spec([layer(repeat=5)]),
     "deeper": spec([layer(repeat=9)]),
     "deep-tied": spec([layer(repeat=5)], tied=True),
@@ -109,6 +117,19 @@ MODELS: dict[str, TransformerConfig] = {
             layer(feedforward={**MOE, "compute": "loop", "capacity": 1.0}),
         ]
     ),
+    "deep-mla": spec([layer({**LATENT, "q_rank": 16, "heads": 4}, repeat=5)], tied=True),
+    "deep-even": spec(
+        [
+            layer(feedforward={**MOE, "balance_loss": 0.0}),
+            layer(
+                {**LATENT, "heads": 4},
+                {**MOE, "balance_loss": 0.0, "bias": True, "shared": GATED, "shared_gate": True},
+                repeat=3,
+            ),
+        ]
+    ),
+    "deep-heads": spec([layer({**ATTENTION, "kv_heads": 4, "position": {"kind": "alibi"}, "sinks": True}, repeat=5)]),
+    "deep-mqa": spec([layer({**ATTENTION, "kv_heads": 1, "bias": True}, repeat=9)]),
     "deep-latent": spec([layer(LATENT, repeat=1), layer(DELTA, repeat=1), layer({**ATTENTION, "bias": True})]),
     "deep-further": spec(
         [layer(repeat=4)],
@@ -117,6 +138,16 @@ MODELS: dict[str, TransformerConfig] = {
         multi_token={"kind": "sequential", "depth": 2, "weight": 0.3},
     ),
     "odd": spec([layer(feedforward={"kind": "gated", "dim": 40})], dim=24 + 8, vocab_size=61),
+    # Heads of 64, which the kernels of a GPU take.
+    "gpu": spec([layer(feedforward={"kind": "gated", "dim": 512}, repeat=4)], dim=256, max_length=256),
+    "gpu-latent": spec(
+        [layer({**LATENT, "heads": 4, "kv_rank": 64, "nope_dim": 32, "rope_dim": 32, "value_dim": 64})],
+        dim=256,
+        max_length=256,
+    ),
+    "gpu-moe": spec(
+        [layer(feedforward={**MOE, "experts": 4, "dim": 128, "balance_loss": 0.0})], dim=256, max_length=256
+    ),
 }
 
 
@@ -132,7 +163,7 @@ class Unended(TokenDataset):
         return last == EOS
 
 
-def loader(mesh: Mesh, batch_size: int = ROWS, seed: int = 2) -> Loader:
+def loader(mesh: Mesh, batch_size: int = ROWS, seed: int = 2, length: int = LENGTH) -> Loader:
     """Documents much shorter than a row, so that ranks have different numbers of targets."""
     generator = np.random.default_rng(seed)
     texts = [
@@ -144,7 +175,7 @@ def loader(mesh: Mesh, batch_size: int = ROWS, seed: int = 2) -> Loader:
     part = Part("memory", np.concatenate(texts).astype(np.uint16), offsets)
     data = Unended("memory", [part], fingerprint="memory", vocab_size=VOCABULARY)
     return Loader(
-        [data], sequence_length=LENGTH, batch_size=batch_size, seed=seed, rank=mesh.data_rank, world=mesh.data_size
+        [data], sequence_length=length, batch_size=batch_size, seed=seed, rank=mesh.data_rank, world=mesh.data_size
     )
 
 
@@ -157,7 +188,7 @@ def step_of(
     parts = parts_of(built)
     initial = {n: whole(p, parts.get(n, ())) for n, p in built.named_parameters()}
     vary(built)
-    batches = loader(mesh).micro_batches(0, rows)
+    batches = loader(mesh, length=config.sequence_length).micro_batches(0, rows)
     result = forward_backward(built, batches, partial(cross_entropy, z_loss=1e-3), mesh=mesh)
     norm = gradient_norm(own_parameters(built), mesh)
     gradients = {n: whole(p.grad, parts.get(n, ())) for n, p in built.named_parameters() if p.grad is not None}
@@ -167,7 +198,7 @@ def step_of(
         "here": sum(own_part(batch, mesh, "cpu").valid_tokens for batch in batches),
         "norm": norm.item(),
         "metrics": {name: value.item() for name, value in result.metrics.items()},
-        "loads": {name: load.counts_E for name, load in result.loads.items()},
+        "loads": {name: load.counts_E.cpu() for name, load in result.loads.items()},
         "gradients": gradients,
         "initial": initial,
     }
@@ -185,12 +216,74 @@ def vary(model: torch.nn.Module) -> None:
 
 
 def whole(tensor: Tensor, parts: Parts = ()) -> Tensor:
-    return gather(tensor.detach(), parts).clone()
+    return gather(tensor.detach(), parts).cpu().clone()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to be made on so many ranks. sizes: of the mesh; what they leave is sharded. rows: of a micro-batch.
+    options: further keys of `parallel`. training: of the training section."""
+
+    model: str
+    ranks: int
+    sizes: dict[str, Any]
+    rows: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def steps(cases: dict[str, Case]) -> Callable[[str], list[dict[str, Any]]]:
+    """What each rank has found, by the name of the case. Those with as many ranks are stepped one after the other by
+    the same processes, when one of them is first asked for: starting processes takes longer than a step."""
+
+    @cache
+    def by_ranks(ranks: int) -> list[Any]:
+        chosen = {name: case for name, case in cases.items() if case.ranks == ranks}
+        return run(_steps, ranks, chosen, seconds=60 + 10 * len(chosen))
+
+    return lambda name: [found[name] for found in by_ranks(cases[name].ranks)]
+
+
+def _steps(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    found = {}
+    with meshed():
+        for name, case in cases.items():
+            try:
+                sizes, options = case.sizes, {**case.sizes, **case.options}
+                found[name] = step_on_ranks(case.model, case.rows, options, sizes, **case.training)
+            except Exception as error:
+                error.add_note(f"in case {name}")
+                raise
+    return found
+
+
+@cache
+def alone(model: str, rows: int) -> dict[str, Any]:
+    """The same step by one process."""
+    return step_of(model, Mesh(), rows)
 
 
 def step_on_ranks(model: str, rows: int, options: dict[str, Any], sizes: dict[str, Any], **changes: Any) -> Any:
     with meshed(**sizes) as mesh:
         return step_of(model, mesh, rows, ParallelConfig(**options), **changes)
+
+
+def together(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the stages hold, as one. What several of them hold must be the same."""
+    whole = {**found[0], "gradients": {}, "initial": {}}
+    for step in found:
+        for part in ("gradients", "initial"):
+            for name, values in step[part].items():
+                assert torch.equal(whole[part].setdefault(name, values), values), name
+        for key in ("loss", "norm", "tokens", "metrics"):
+            assert step[key] == found[0][key], key
+        assert step["loads"].keys() == found[0]["loads"].keys()
+    return whole
+
+
+def without_balance(step: dict[str, Any]) -> dict[str, Any]:
+    """Where rows are cut, balance losses are of each rank's part, as they are of each micro-batch."""
+    return {**step, "metrics": {name: value for name, value in step["metrics"].items() if name != "balance_loss"}}
 
 
 def assert_same_step(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:

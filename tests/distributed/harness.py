@@ -90,13 +90,16 @@ def _rank(
 
 
 @contextmanager
-def meshed(**sizes: Any) -> Iterator[Any]:
-    """The mesh of a rank, of these sizes (`shard` takes what is left)."""
+def meshed(device: str = "cpu", **sizes: Any) -> Iterator[Any]:
+    """The mesh of a rank, of these sizes (`shard` takes what is left). Within another one it shares its processes."""
     from treadle.parallel.config import ParallelConfig
-    from treadle.parallel.mesh import World, open_mesh
+    from treadle.parallel.mesh import World, make_mesh, open_mesh
 
     layout = ParallelConfig(**sizes).layout(World.here().size)
-    with open_mesh(layout, torch.device("cpu"), timeout=timedelta(seconds=SECONDS).total_seconds()) as mesh:
+    if torch.distributed.is_initialized():
+        yield make_mesh(World.here(), layout, torch.device(device))
+        return
+    with open_mesh(layout, torch.device(device), timeout=timedelta(seconds=SECONDS).total_seconds()) as mesh:
         yield mesh
 
 

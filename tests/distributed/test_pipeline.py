@@ -3,12 +3,23 @@
 import inspect
 import itertools
 import random
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from distributed_zoo import MODELS, assert_same_step, loader, step_of, step_on_ranks, training, whole
+from distributed_zoo import (
+    MODELS,
+    Case,
+    alone,
+    assert_same_step,
+    loader,
+    step_on_ranks,
+    steps,
+    together,
+    training,
+    whole,
+)
 from harness import RankFailed, meshed, run
 from torch.distributed.pipelining import PipelineStage
 
@@ -16,10 +27,11 @@ from treadle.evaluate.perplexity import evaluate_perplexity
 from treadle.inference.generate import stream
 from treadle.parallel import weight_gradients
 from treadle.parallel.config import ParallelConfig
+from treadle.parallel.gradients import gradient_norm
 from treadle.parallel.mesh import Mesh
-from treadle.parallel.pipeline import _Stage, balance, pipeline_of
+from treadle.parallel.pipeline import _Stage, balance, own_parameters, pipeline_of
 from treadle.parallel.shards import parts_of
-from treadle.parallel.weight_gradients import DeferringLinear
+from treadle.parallel.weight_gradients import DeferringGroupedLinear, DeferringLinear
 from treadle.train import setup
 from treadle.train.checkpoint import Checkpointer
 from treadle.train.config import CheckpointConfig
@@ -31,33 +43,8 @@ from treadle.train.schedules import ConstantConfig
 from treadle.train.setup import build_model, build_state
 
 
-@cache
-def alone(model: str, rows: int) -> dict[str, Any]:
-    return step_of(model, Mesh(), rows)
-
-
-def together(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the stages hold, as one. What several of them hold must be the same."""
-    whole = {**found[0], "gradients": {}, "initial": {}}
-    for step in found:
-        for part in ("gradients", "initial"):
-            for name, values in step[part].items():
-                assert torch.equal(whole[part].setdefault(name, values), values), name
-        for key in ("loss", "norm", "tokens", "metrics"):
-            assert step[key] == found[0][key], key
-        assert step["loads"].keys() == found[0]["loads"].keys()
-    return whole
-
-
 def changed(changes: dict[str, Any], *arguments: Any) -> Any:
     return step_on_ranks(*arguments, **changes)
-
-
-def check(ranks: int, model: str, schedule: str, rows: int = 2, sizes: Any = None, options: Any = None, **changes: Any):
-    sizes = {"pipeline": 2, **(sizes or {})}
-    found = run(changed, ranks, changes, model, rows, {**sizes, "schedule": schedule, **(options or {})}, sizes)
-    assert_same_step(together(found), alone(model, rows))
-    return found
 
 
 GRAPHS: list[int] = []  # operations of each graph that was compiled here
@@ -76,68 +63,71 @@ def compiled(changes: dict[str, Any], *arguments: Any) -> Any:
     return {**changed({**changes, "compile": True}, *arguments), "graphs": GRAPHS}
 
 
+def staged(
+    model: str, schedule: str, ranks: int = 2, rows: int = 2, options: Any = None, training: Any = None, **sizes: int
+):
+    options = {"schedule": schedule, **(options or {})}
+    return Case(model, ranks, {"pipeline": 2, **sizes}, rows, options, training or {})
+
+
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules(schedule):
-    check(2, "deep", schedule)
-
-
-# ranks, model, schedule, rows at a time, sizes, further keys of `parallel`, changes to the training section
-CASES: dict[str, tuple[int, str, str, int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "four": (4, "deeper", "1f1b", 2, {"pipeline": 4}, {}, {}),
-    "four-v": (4, "deeper", "zbv", 2, {"pipeline": 4}, {}, {}),
-    "fsdp": (4, "deep", "1f1b", 1, {}, {}, {}),
-    "fsdp-freed": (4, "deep", "1f1b", 1, {}, {"reshard": "after_forward"}, {}),
-    "fsdp-v": (4, "deep", "zbv", 1, {}, {}, {}),
-    "fsdp-v-freed": (4, "deep", "zbv", 1, {}, {"reshard": "after_forward"}, {}),
-    "ddp": (4, "deep", "interleaved_zero_bubble", 1, {"replicate": 2}, {}, {}),
-    "tied": (2, "deep-tied", "1f1b", 2, {}, {}, {}),
-    "tied-v": (2, "deep-tied", "zbv", 2, {}, {}, {}),
-    "tied-fsdp": (4, "deep-tied", "interleaved_1f1b", 1, {}, {}, {}),
-    "tied-fsdp-v": (4, "deep-tied", "dualpipev", 1, {}, {}, {}),
-    "further": (2, "deep-further", "1f1b", 2, {}, {}, {}),
-    "further-v": (2, "deep-further", "zbv", 2, {}, {}, {}),
-    "further-fsdp": (4, "deep-further", "1f1b", 1, {}, {}, {}),
-    "moe": (2, "deep-moe", "1f1b", 2, {}, {}, {}),
-    "moe-v": (2, "deep-moe", "zbv", 2, {}, {}, {}),
-    "moe-fsdp-v": (4, "deep-moe", "zbv", 1, {}, {}, {}),
-    "latent": (2, "deep-latent", "1f1b", 2, {}, {}, {}),
-    "latent-v": (2, "deep-latent", "zbv", 2, {}, {}, {}),
-    "recompute": (2, "deep", "1f1b", 2, {}, {}, {"activation_checkpointing": "full"}),
-    "recompute-v": (2, "deep", "zbv", 2, {}, {}, {"activation_checkpointing": "full"}),
-    "selective-v": (2, "deep", "zbv", 2, {}, {}, {"activation_checkpointing": "selective"}),
-    "recompute-fsdp-v-freed": (
-        4,
-        "deep",
-        "zbv",
-        1,
-        {},
-        {"reshard": "after_forward"},
-        {"activation_checkpointing": "full"},
-    ),
-    "tensor": (4, "deep-tied", "1f1b", 2, {"tensor": 2}, {}, {}),
-    "tensor-further": (4, "deep-further", "interleaved_1f1b", 2, {"tensor": 2}, {}, {}),
-    "expert": (4, "deep-moe", "1f1b", 1, {"expert": 2}, {}, {}),
-    "dealt": (2, "deep", "1f1b", 2, {}, {"stage_layers": [4, 1]}, {}),
+FREED, FULL = {"reshard": "after_forward"}, {"activation_checkpointing": "full"}
+CASES = {
+    **{schedule: staged("deep", schedule) for schedule in SCHEDULES},
+    "four": staged("deeper", "1f1b", 4, pipeline=4),
+    "four-v": staged("deeper", "zbv", 4, pipeline=4),
+    "fsdp": staged("deep", "1f1b", 4, 1),
+    "fsdp-freed": staged("deep", "1f1b", 4, 1, options=FREED),
+    "fsdp-v": staged("deep", "zbv", 4, 1),
+    "fsdp-v-freed": staged("deep", "zbv", 4, 1, options=FREED),
+    "ddp": staged("deep", "interleaved_zero_bubble", 4, 1, replicate=2),
+    "tied": staged("deep-tied", "1f1b"),
+    "tied-v": staged("deep-tied", "zbv"),
+    "tied-fsdp": staged("deep-tied", "interleaved_1f1b", 4, 1),
+    "tied-fsdp-v": staged("deep-tied", "dualpipev", 4, 1),
+    "further": staged("deep-further", "1f1b"),
+    "further-v": staged("deep-further", "zbv"),
+    "further-fsdp": staged("deep-further", "1f1b", 4, 1),
+    "moe": staged("deep-moe", "1f1b"),
+    "moe-v": staged("deep-moe", "zbv"),
+    "moe-fsdp-v": staged("deep-moe", "zbv", 4, 1),
+    "latent": staged("deep-latent", "1f1b"),
+    "latent-v": staged("deep-latent", "zbv"),
+    "recompute": staged("deep", "1f1b", training=FULL),
+    "recompute-v": staged("deep", "zbv", training=FULL),
+    "selective-v": staged("deep", "zbv", training={"activation_checkpointing": "selective"}),
+    "recompute-fsdp-v-freed": staged("deep", "zbv", 4, 1, options=FREED, training=FULL),
+    "tensor": staged("deep-tied", "1f1b", 4, tensor=2),
+    "tensor-further": staged("deep-further", "interleaved_1f1b", 4, tensor=2),
+    "expert": staged("deep-moe", "1f1b", 4, 1, expert=2),
+    "dealt": staged("deep", "1f1b", options={"stage_layers": [4, 1]}),
 }
+found_in = steps(CASES)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_step_is_that_of_one_process(case):
-    ranks, model, schedule, rows, sizes, options, changes = CASES[case]
-    check(ranks, model, schedule, rows, sizes, options, **changes)
+@pytest.mark.parametrize("name", CASES)
+def test_one_step_is_that_of_one_process(name):
+    assert_same_step(together(found_in(name)), alone(CASES[name].model, CASES[name].rows))
 
 
 @pytest.mark.parametrize(
-    ("model", "schedule", "recompute", "graphs"),
-    [("deep", "1f1b", "none", 1), ("deep", "zbv", "full", 5), ("deep-moe", "zbv", "none", None)],
+    ("model", "schedule", "recompute", "graphs", "ranks", "sizes"),
+    [
+        ("deep", "1f1b", "none", 1, 2, {}),
+        ("deep", "zbv", "full", 5, 2, {}),
+        ("deep-moe", "zbv", "none", None, 2, {}),
+        ("deep-tied", "zbv", "full", 5, 4, {"shard": 2}),
+        ("deep-heads", "zbv", "none", None, 4, {"tensor": 2}),
+    ],
 )
-def test_compiled(model, schedule, recompute, graphs):
-    changes = {"activation_checkpointing": recompute}
-    found = run(compiled, 2, changes, model, 2, {"pipeline": 2, "schedule": schedule}, {"pipeline": 2})
-    assert_same_step(together(found), alone(model, 2))
+def test_compiled(model, schedule, recompute, graphs, ranks, sizes):
+    changes, sizes, rows = (
+        {"activation_checkpointing": recompute},
+        {"pipeline": 2, **sizes},
+        1 if "shard" in sizes else 2,
+    )
+    found = run(compiled, ranks, changes, model, rows, {**sizes, "schedule": schedule}, sizes, seconds=120)
+    assert_same_step(together(found), alone(model, rows))
     for step in found:
         # All layers share what is compiled: the whole of one, or the pieces between matmuls, attention the largest.
         assert graphs in (None, len(step["graphs"]))
@@ -149,34 +139,47 @@ def counted(model: str, schedule: str, sizes: dict[str, int], rows: int) -> tupl
     with meshed(**sizes) as mesh:
         config = training(activation_checkpointing="full")
         forwards: dict[str, int] = {}
-        plain = DeferringLinear.forward
-
-        def counting(self, x):
-            forwards[names[self]] = forwards.get(names[self], 0) + 1
-            return plain(self, x)
-
-        DeferringLinear.forward = counting
         products = [0]
-        add = weight_gradients.add_outer_products
+        for kind in (DeferringLinear, DeferringGroupedLinear):
 
-        def adding(*arguments):
-            products[0] += 1
-            add(*arguments)
+            def counting(self, *arguments, plain=kind.product):
+                forwards[names[self]] = forwards.get(names[self], 0) + 1
+                return plain(self, *arguments)
 
-        weight_gradients.add_outer_products = adding
+            kind.product = counting
+        for name in ("add_outer_products", "grouped_weight_gradient"):
+
+            def adding(*arguments, plain=getattr(weight_gradients, name), **options):
+                products[0] += 1
+                return plain(*arguments, **options)
+
+            setattr(weight_gradients, name, adding)
         built = build_model(
             MODELS[model], config, seed=0, mesh=mesh, parallel=ParallelConfig(**sizes, schedule=schedule)
         )
-        names = {module: name for name, module in built.named_modules() if isinstance(module, DeferringLinear)}
+        kinds = (DeferringLinear, DeferringGroupedLinear)
+        names = {module: name for name, module in built.named_modules() if isinstance(module, kinds)}
         batches = loader(mesh).micro_batches(0, rows)
         forward_backward(built, batches, cross_entropy, mesh=mesh)
         return forwards, products[0], len(names), len(batches)
 
 
-@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv", "dualpipev"])
-def test_nothing_runs_twice(schedule):
+@pytest.mark.parametrize(
+    ("ranks", "model", "schedule", "sizes"),
+    [
+        (2, "deep", "interleaved_zero_bubble", {}),
+        (2, "deep", "zbv", {}),
+        (2, "deep", "dualpipev", {}),
+        (4, "deep-moe", "zbv", {"tensor": 2}),
+        (4, "deep-moe", "zbv", {"expert": 2}),
+    ],
+)
+def test_nothing_runs_twice(ranks, model, schedule, sizes):
     """No forward but the micro-batches' and their recomputation, at the first step too; each weight gradient once."""
-    for forwards, products, linears, micro_batches in run(counted, 2, "deep", schedule, {"pipeline": 2}, 2):
+    rows = 1 if "expert" in sizes else 2
+    for forwards, products, linears, micro_batches in run(
+        counted, ranks, model, schedule, {"pipeline": 2, **sizes}, rows
+    ):
         assert len(forwards) == linears
         assert set(forwards.values()) == {2 * micro_batches}
         assert products == linears * micro_batches
@@ -257,6 +260,7 @@ def trained_on_ranks(sizes: dict[str, int], *arguments: Any) -> Any:
         ("deep-further", "muon", 4, "interleaved_1f1b", {}),
         ("deep-tied", "adamw", 4, "1f1b", {"tensor": 2}),
         ("deep-moe", "muon", 4, "1f1b", {"expert": 2}),
+        ("deep-moe", "muon", 4, "1f1b", {"pipeline": 1, "expert": 2, "tensor": 2}),
     ],
 )
 def test_training_clips_and_goes_on_in_one_process(tmp_path, model, optimizer, ranks, schedule, sizes):
@@ -285,36 +289,41 @@ def test_training_clips_and_goes_on_in_one_process(tmp_path, model, optimizer, r
             assert torch.equal(alone_held[name], values), name
 
 
-def generated(mesh: Mesh, parallel: dict[str, Any]) -> Any:
-    """Likeliest tokens after a prompt, and nats of held-out rows in batches of any size."""
-    built = build_model(MODELS["deep-latent"], training(), seed=0, mesh=mesh, parallel=ParallelConfig(**parallel))
+def generated(mesh: Mesh, model: str, parallel: dict[str, Any]) -> Any:
+    """Likeliest tokens after a prompt, nats of held-out rows in batches of any size, and the loss of a step after that:
+    what is sampled first, as by `treadle generate`, must leave nothing behind that cannot be trained with."""
+    built = build_model(MODELS[model], training(), seed=0, mesh=mesh, parallel=ParallelConfig(**parallel))
     pipeline = pipeline_of(built)
-    forward_backward(built, loader(mesh).micro_batches(0, 2), cross_entropy, mesh=mesh)  # FSDP's buffers are made here
     agree = partial(mesh.same, source=0 if pipeline is None else pipeline.end_rank)
     tokens = list(stream(built, [5, 6, 7], max_new_tokens=6, temperature=0.0, samples=2, agree=agree))
     rows = [loader(mesh).samples(first, first + size) for first, size in ((0, 3), (3, 1))]
-    return tokens, evaluate_perplexity(built, rows, 1000, mesh=mesh)
+    score = evaluate_perplexity(built, rows[mesh.data_rank :: mesh.data_size], 1000, mesh=mesh)
+    result = forward_backward(built, loader(mesh).micro_batches(0, 2), cross_entropy, mesh=mesh)
+    return tokens, score, result.loss.item(), gradient_norm(own_parameters(built), mesh).item()
 
 
-def generated_on_ranks(sizes: dict[str, int], schedule: str) -> Any:
+def generated_on_ranks(sizes: dict[str, int], model: str, schedule: str) -> Any:
     with meshed(**sizes) as mesh:
-        return generated(mesh, {**sizes, "schedule": schedule})
+        return generated(mesh, model, {**sizes, "schedule": schedule})
 
 
 @pytest.mark.parametrize(
-    ("ranks", "schedule", "sizes"),
+    ("ranks", "model", "schedule", "sizes"),
     [
-        (2, "1f1b", {}),
-        (2, "zbv", {}),
-        (2, "interleaved_1f1b", {}),
-        (4, "1f1b", {"tensor": 2}),
-        (4, "interleaved_1f1b", {"tensor": 2}),
+        (2, "deep-latent", "1f1b", {}),
+        (2, "deep-latent", "zbv", {}),
+        (2, "deep-latent", "interleaved_1f1b", {}),
+        (4, "deep-latent", "1f1b", {"tensor": 2}),
+        (4, "deep-mla", "interleaved_1f1b", {"tensor": 2}),
+        (4, "deep-mla", "zbv", {"context": 2}),
+        (2, "deep-latent", "1f1b", {"pipeline": 1}),
     ],
 )
-def test_samples_and_evaluation(ranks, schedule, sizes):
-    tokens, score = generated(Mesh(), {})
-    for found, perplexity in run(generated_on_ranks, ranks, {"pipeline": 2, **sizes}, schedule):
+def test_samples_and_evaluation(ranks, model, schedule, sizes):
+    tokens, score, *trained = generated(Mesh(), model, {})
+    for found, perplexity, *numbers in run(generated_on_ranks, ranks, {"pipeline": 2, **sizes}, model, schedule):
         assert found == tokens
+        assert numbers == pytest.approx(trained, abs=2e-6)
         assert perplexity.loss == pytest.approx(score.loss, abs=1e-6)
         assert perplexity.tokens == score.tokens
 

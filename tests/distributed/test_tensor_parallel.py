@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_zoo import MODELS, assert_same_step, step_of, step_on_ranks, training, vary, whole
+from distributed_zoo import MODELS, Case, alone, assert_same_step, step_of, steps, together, training, vary, whole
 from harness import meshed, run
 
 from treadle.attention import AttentionContext
@@ -20,32 +20,30 @@ from treadle.parallel.vocabulary import vocabulary_cross_entropy
 from treadle.train import setup
 from treadle.train.setup import build_model
 
-# model, ranks, sizes, rows at a time, changes to the training section
 CASES = {
-    "plain": ("plain", 2, {"tensor": 2}, 4, {}),
-    "tied": ("tied", 2, {"tensor": 2}, 8, {}),
-    "heads": ("heads", 2, {"tensor": 2}, 8, {}),
-    "wide": ("wide", 2, {"tensor": 2}, 8, {}),
-    "latent": ("latent", 2, {"tensor": 2}, 8, {}),
-    "delta": ("delta", 2, {"tensor": 2}, 8, {}),
-    "experts": ("experts", 2, {"tensor": 2}, 4, {}),
-    "further": ("further", 2, {"tensor": 2}, 8, {}),
-    "shared-heads": ("heads", 4, {"tensor": 4}, 8, {}),
-    "shared-wide": ("wide", 4, {"tensor": 4}, 8, {}),
-    "shared-delta": ("grouped_delta", 4, {"tensor": 4}, 8, {}),
-    "sharded": ("experts", 4, {"shard": 2, "tensor": 2}, 2, {}),
-    "copied": ("heads", 4, {"replicate": 2, "tensor": 2}, 2, {}),
-    "recomputed": ("experts", 2, {"tensor": 2}, 8, {"activation_checkpointing": "full"}),
-    "selective": ("heads", 2, {"tensor": 2}, 8, {"activation_checkpointing": "selective"}),
+    "plain": Case("plain", 2, {"tensor": 2}, 4),
+    "tied": Case("tied", 2, {"tensor": 2}, 8),
+    "heads": Case("heads", 2, {"tensor": 2}, 8),
+    "wide": Case("wide", 2, {"tensor": 2}, 8),
+    "latent": Case("latent", 2, {"tensor": 2}, 8),
+    "delta": Case("delta", 2, {"tensor": 2}, 8),
+    "experts": Case("experts", 2, {"tensor": 2}, 4),
+    "further": Case("further", 2, {"tensor": 2}, 8),
+    "shared-heads": Case("heads", 4, {"tensor": 4}, 8),
+    "shared-wide": Case("wide", 4, {"tensor": 4}, 8),
+    "shared-delta": Case("grouped_delta", 4, {"tensor": 4}, 8),
+    "sharded": Case("experts", 4, {"shard": 2, "tensor": 2}, 2),
+    "copied": Case("heads", 4, {"replicate": 2, "tensor": 2}, 2),
+    "recomputed": Case("experts", 2, {"tensor": 2}, 8, training={"activation_checkpointing": "full"}),
+    "selective": Case("heads", 2, {"tensor": 2}, 8, training={"activation_checkpointing": "selective"}),
 }
+found_in = steps(CASES)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_step_is_that_of_one_process(case):
-    model, ranks, sizes, rows, changes = CASES[case]
-    expected = step_of(model, Mesh(), rows, **changes)
-    for step in run(step_on_ranks, ranks, model, rows, {}, sizes):
-        assert_same_step(step, expected)
+@pytest.mark.parametrize("name", CASES)
+def test_one_step_is_that_of_one_process(name):
+    for step in found_in(name):
+        assert_same_step(step, alone(CASES[name].model, CASES[name].rows))
 
 
 def compiled_step(model: str, sizes: dict[str, int], mode: str) -> Any:
@@ -72,7 +70,7 @@ def test_compiled_layers_are_whole_graphs(model, ranks, sizes, mode):
         assert graphs == (1 if model == "plain" else 2)
 
 
-def fused_step(model: str, sizes: dict[str, int], changes: dict[str, Any]) -> Any:
+def fused_step(model: str, sizes: dict[str, int], rows: int, schedule: str, changes: dict[str, Any]) -> Any:
     """With PyTorch's own fallbacks in the place of the kernels that CPUs lack, and how often each was called."""
     import torch.distributed._symmetric_memory as memory
 
@@ -93,7 +91,7 @@ def fused_step(model: str, sizes: dict[str, int], changes: dict[str, Any]) -> An
         library.impl(name, counted(name, fallback), "CPU")
     setup.compile_layers = partial(compilation.compile_layers, backend="aot_eager")
     with meshed(**sizes) as mesh:
-        step = step_of(model, mesh, 8, ParallelConfig(async_tensor=True), **changes)
+        step = step_of(model, mesh, rows, ParallelConfig(async_tensor=True, schedule=schedule, **sizes), **changes)
     return step, dict(calls)
 
 
@@ -101,11 +99,20 @@ def fused_step(model: str, sizes: dict[str, int], changes: dict[str, Any]) -> An
 def test_asynchronous_is_fused(changes):
     """Each of two layers has two entries and two exits, and the backward of the one is the other."""
     expected = step_of("plain", Mesh(), 8)
-    for step, calls in run(fused_step, 2, "plain", {"tensor": 2}, changes):
+    for step, calls in run(fused_step, 2, "plain", {"tensor": 2}, 8, "1f1b", changes):
         assert_same_step(step, expected)
         if not changes:
             assert calls == {"fused_all_gather_matmul": 8, "fused_matmul_reduce_scatter": 8}
         assert min(calls["fused_all_gather_matmul"], calls["fused_matmul_reduce_scatter"]) >= 8
+
+
+def test_asynchronous_is_fused_where_gradients_of_weights_wait():
+    """Four micro-batches through five layers of two entries and two exits, on the two processes of each pipeline."""
+    found = run(fused_step, 4, "deep", {"pipeline": 2, "tensor": 2}, 2, "zbv", {"activation_checkpointing": "none"})
+    assert_same_step(together([step for step, _ in found]), alone("deep", 2))
+    for rank in (0, 1):
+        for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+            assert found[rank][1][name] + found[rank + 2][1][name] == 4 * 5 * 4
 
 
 def refused(model: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as collectives
-from torch import Tensor
+from torch import Tensor, autograd
 
 from treadle.attention import ring
 from treadle.attention.context import AttentionContext, Keys
@@ -65,7 +65,25 @@ def gathered(context: AttentionContext, *tensors: Tensor) -> tuple[AttentionCont
         return context, list(tensors)
     parts = parts_of(context)
     started = [_all_gather(x_BSX.contiguous(), 1, parts.group) for x_BSX in tensors]  # side by side
-    return in_rank_order(context), [collectives.wait_tensor(x_BTX) for x_BTX in started]
+    return in_rank_order(context), [arrived(x_BTX) for x_BTX in started]
+
+
+def arrived(started: Tensor) -> Tensor:
+    """What a differentiable collective has started, waited for. Its gradient comes without gaps, which what sends it
+    back asks for (torch 2.11)."""
+    x = collectives.wait_tensor(started)
+    # A view nowhere else: FSDP warns of a module that returns one.
+    return _Dense.apply(x) if x.requires_grad else x
+
+
+class _Dense(autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return grads[0].contiguous()  # type: ignore[no-any-return]
 
 
 def in_rank_order(context: AttentionContext) -> AttentionContext:
@@ -151,14 +169,14 @@ def _to_heads(x_BSHK: Tensor, parts: Parts) -> Tensor:
 
 
 def _whole_rows(x_CBSNK: Tensor, parts: Parts) -> Tensor:
-    x_BTNK = torch.cat(collectives.wait_tensor(x_CBSNK).unbind(0), dim=1)
+    x_BTNK = torch.cat(arrived(x_CBSNK).unbind(0), dim=1)
     return parts.to_row_order(x_BTNK)
 
 
 def _to_tokens(x_BTNV: Tensor, parts: Parts) -> Tensor:
     """Back: each rank gets its tokens of this rank's heads.  -> x_BSHV"""
     x_CBSNV = torch.stack(parts.to_rank_order(x_BTNV).chunk(parts.size, dim=1))
-    return torch.cat(collectives.wait_tensor(_exchange(x_CBSNV, parts)).unbind(0), dim=2)
+    return torch.cat(arrived(_exchange(x_CBSNV, parts)).unbind(0), dim=2)
 
 
 def _exchange(x_C: Tensor, parts: Parts) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treadle.attention import AttentionContext
 from treadle.nn.transformer import Transformer
+from treadle.parallel.data import without_gradients
 from treadle.parallel.pipeline import at_the_end
 
 
@@ -44,7 +45,7 @@ def stream(
         context = AttentionContext(positions_BS, backend=backend, cache=cache)
         # Compiled layers are for fixed shapes, and the cache grows with each token: run them eagerly. The guards are
         # entered for each token anew, so that they do not leak into the caller between two yields.
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        with without_gradients(model), torch.compiler.set_stance("force_eager"):
             logits_BV = at_the_end(model, partial(_last_logits, tokens_BS=tokens_BS, context=context))
             if logits_BV is None:  # the end of the model is another process's, and so is the choice
                 chosen_B = tokens_BS.new_zeros(samples)

@@ -3,7 +3,7 @@
 V vocabulary, D model dim, E experts, N rows, I inputs, O outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -34,6 +34,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def product(self, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
+        """x W^T alone, without bias. multiply: of x and W, where a matmul does more than that."""
+        return multiply(x, self.weight.to(x.dtype))
 
     def extra_repr(self) -> str:
         parts = f", parts={self.parts}" if self.parts else ""

@@ -4,24 +4,28 @@ Between layers each process has some of a sequence's tokens; inside a mixer or f
 heads or channels. So a matrix's input is gathered over the sequence, and its outputs, each a part of a sum, are summed
 and scattered over it; the backward of the one is the other (Korthikanti et al. 2022, arXiv:2205.05198).
 
-`gather_linear` and `linear_scatter` are these two together with their matmul. Where it is asked for, both run as one
-operation on symmetric memory, which moves the next tokens while it multiplies those that are here (async TP).
+`gather_linear` and `linear_scatter` are these two together with their matmul, each as one operation on symmetric
+memory, which moves the next tokens while it multiplies those that are here (async TP).
 
 B batch, S sequence, I inputs, O outputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
 import torch.distributed._symmetric_memory
-import torch.nn.functional as F
 from torch import Tensor, autograd
+
+from treadle.attention.context_parallel import arrived
 
 # torch 2.12 has renamed them.
 _gather: Any = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
 _scatter: Any = getattr(funcol, "reduce_scatter_single_autograd", None) or funcol.reduce_scatter_tensor_autograd
+
+Later = Callable[[Tensor, Tensor], None]  # takes dy and x, of which a weight's gradient will be made
 
 SEQUENCE = 1  # the dimension of x_BSD that is cut
 FUSED = ("symm_mem::fused_all_gather_matmul", "symm_mem::fused_matmul_reduce_scatter")
@@ -42,6 +46,10 @@ class Peers:
     asynchronous: bool = False
     cut: bool = True
 
+    @property
+    def fused(self) -> bool:
+        return self.asynchronous and self.cut
+
     def share(self, x: Tensor, dim: int) -> Tensor:
         """This process's part of what all of them have."""
         each = x.shape[dim] // self.size
@@ -51,12 +59,12 @@ class Peers:
 def gather(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """The parts of all processes, one after the other. Backward: gradients are summed, each has that of its part."""
     # Waited for at once: an unfinished result must not enter a compiled region (torch 2.13 gets gradients wrong there).
-    return funcol.wait_tensor(_gather(x.contiguous(), dim, peers.name))
+    return arrived(_gather(x.contiguous(), dim, peers.name))
 
 
 def sum_scatter(x: Tensor, dim: int, peers: Peers) -> Tensor:
     """Each process's part of the sum. Backward: gradients are gathered."""
-    return funcol.wait_tensor(_scatter(x.contiguous(), "sum", dim, peers.name))
+    return arrived(_scatter(x.contiguous(), "sum", dim, peers.name))
 
 
 def total(x: Tensor, peers: Peers) -> Tensor:
@@ -76,21 +84,15 @@ def leave(x_BSO: Tensor, peers: Peers) -> Tensor:
     return funcol.wait_tensor(funcol.all_reduce(x_BSO.contiguous(), "sum", peers.name))
 
 
-def gather_linear(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, peers: Peers) -> Tensor:
-    """`enter`, then a matmul with this process's columns."""
-    if not (peers.asynchronous and peers.cut):
-        return F.linear(enter(x_BSI, peers), weight_OI, bias_O)
-    y_BSO = _GatherLinear.apply(x_BSI.transpose(0, 1), weight_OI, peers.name).transpose(0, 1)
-    return y_BSO if bias_O is None else y_BSO + bias_O
+def gather_linear(peers: Peers, x_BSI: Tensor, weight_OI: Tensor, later: Later | None = None) -> Tensor:
+    """`enter` and a matmul with this process's columns, as one operation. later: takes what the weight's gradient is
+    made of, which is otherwise formed in the backward."""
+    return _GatherLinear.apply(x_BSI.transpose(0, 1), weight_OI.to(x_BSI.dtype), peers.name, later).transpose(0, 1)  # type: ignore[no-any-return]
 
 
-def linear_scatter(x_BSI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, peers: Peers) -> Tensor:
-    """A matmul with this process's rows, then `leave`. The bias is added to the sum."""
-    if peers.asynchronous and peers.cut:
-        y_BSO = _LinearScatter.apply(x_BSI.transpose(0, 1), weight_OI, peers.name).transpose(0, 1)
-    else:
-        y_BSO = leave(F.linear(x_BSI, weight_OI), peers)
-    return y_BSO if bias_O is None else y_BSO + bias_O
+def linear_scatter(peers: Peers, x_BSI: Tensor, weight_OI: Tensor, later: Later | None = None) -> Tensor:
+    """A matmul with this process's rows and `leave`, the same."""
+    return _LinearScatter.apply(x_BSI.transpose(0, 1), weight_OI.to(x_BSI.dtype), peers.name, later).transpose(0, 1)  # type: ignore[no-any-return]
 
 
 def not_fused_because(device: torch.device) -> str | None:
@@ -114,10 +116,10 @@ class _GatherLinear(autograd.Function):
     """gather(x) W^T.  x_SBI (of this process), weight_OI -> y_SBO (of all tokens)"""
 
     @staticmethod
-    def forward(ctx: Any, x_SBI: Tensor, weight_OI: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x_SBI: Tensor, weight_OI: Tensor, name: str, later: Later | None) -> Tensor:
         x_SBI, (y_SBO,) = torch.ops.symm_mem.fused_all_gather_matmul(x_SBI.contiguous(), [weight_OI.t()], 0, name)
         ctx.save_for_backward(x_SBI, weight_OI)
-        ctx.name = name
+        ctx.name, ctx.later = name, later
         return y_SBO  # type: ignore[no-any-return]
 
     @staticmethod
@@ -125,17 +127,17 @@ class _GatherLinear(autograd.Function):
         x_SBI, weight_OI = ctx.saved_tensors
         dy_SBO = grads[0].contiguous()
         dx_SBI = torch.ops.symm_mem.fused_matmul_reduce_scatter(dy_SBO, weight_OI, "sum", 0, ctx.name)
-        return dx_SBI, dy_SBO.flatten(0, 1).t() @ x_SBI.flatten(0, 1), None
+        return dx_SBI, _weight_gradient(ctx, dy_SBO, x_SBI), None, None
 
 
 class _LinearScatter(autograd.Function):
     """This process's part of the sum of x W^T.  x_SBI (all tokens), weight_OI -> y_SBO (of this process)"""
 
     @staticmethod
-    def forward(ctx: Any, x_SBI: Tensor, weight_OI: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x_SBI: Tensor, weight_OI: Tensor, name: str, later: Later | None) -> Tensor:
         x_SBI = x_SBI.contiguous()
         ctx.save_for_backward(x_SBI, weight_OI)
-        ctx.name = name
+        ctx.name, ctx.later = name, later
         y_SBO: Tensor = torch.ops.symm_mem.fused_matmul_reduce_scatter(x_SBI, weight_OI.t(), "sum", 0, name)
         return y_SBO
 
@@ -143,7 +145,15 @@ class _LinearScatter(autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x_SBI, weight_OI = ctx.saved_tensors
         dy_SBO, (dx_SBI,) = torch.ops.symm_mem.fused_all_gather_matmul(grads[0].contiguous(), [weight_OI], 0, ctx.name)
-        return dx_SBI, dy_SBO.flatten(0, 1).t() @ x_SBI.flatten(0, 1), None
+        return dx_SBI, _weight_gradient(ctx, dy_SBO, x_SBI), None, None
+
+
+def _weight_gradient(ctx: Any, dy_SBO: Tensor, x_SBI: Tensor) -> Tensor | None:
+    if ctx.later is None:
+        return dy_SBO.flatten(0, 1).t() @ x_SBI.flatten(0, 1)
+    if ctx.needs_input_grad[1]:
+        ctx.later(dy_SBO, x_SBI)
+    return None
 
 
 # Around the layers all processes have the same tensors and do the same with them. There a gradient is the same on all

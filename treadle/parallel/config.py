@@ -148,12 +148,6 @@ def _problems(
         yield "training.batch_size", message
     elif layout.pipeline > 1:
         yield from _pipeline_problems(config, len(model.expand()), batch_size // layout.data, rows)
-    if layout.pipeline > 1 and config.schedule in ZERO_BUBBLE:
-        # Their linear layers add to a weight's gradient by themselves, and know nothing of parts of weights.
-        for key in ("tensor", "expert"):
-            if getattr(layout, key) > 1:
-                message = f"{config.schedule} does not go together with parallel.{key}={getattr(layout, key)}"
-                yield "parallel.schedule", f"{message}; try 1f1b or interleaved_1f1b, or set {key} to 1"
     if config.cpu_offload and layout.world == 1:
         yield "parallel.cpu_offload", "it needs at least two processes"
 
@@ -167,14 +161,15 @@ def _expert_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple
         yield "parallel.expert", f"{layout.expert}, but no layer of the model has experts; set it to 1"
         return
     shared = layout.shard * layout.context
-    fits = [n for n in range(1, shared + 1) if not any(_expert_misfit(n, shared, *m, model.dim) for m in mixtures)]
-    misfits = [_expert_misfit(layout.expert, shared, *mixture, model.dim) for mixture in mixtures]
+    sizes = (shared, layout.tensor, model.dim)
+    fits = [n for n in range(1, shared + 1) if not any(_expert_misfit(n, *sizes, *mixture) for mixture in mixtures)]
+    misfits = [_expert_misfit(layout.expert, *sizes, *mixture) for mixture in mixtures]
     if any(misfits):
         found = next(filter(None, misfits))
         yield "parallel.expert", f"{found}; try {', '.join(map(str, fits))}"
 
 
-def _expert_misfit(size: int, shared: int, experts: int, inner: int, dim: int) -> str | None:
+def _expert_misfit(size: int, shared: int, tensor: int, dim: int, experts: int, inner: int) -> str | None:
     """Why the experts of one mixture cannot be dealt to groups of `size` out of `shared` processes."""
     if shared % size:
         return f"{size} does not divide shard x context = {shared}"
@@ -182,6 +177,10 @@ def _expert_misfit(size: int, shared: int, experts: int, inner: int, dim: int) -
         return f"{size} does not divide experts={experts}"
     groups, here = shared // size, experts // size
     # Each process holds whole experts, or equally many rows of each: FSDP cuts only a first dimension unequally.
+    if size > 1 and here % groups and tensor > 1:
+        return (
+            f"with {size}, {groups} processes share {here} experts that parallel.tensor={tensor} has cut, not equally"
+        )
     if size > 1 and here % groups and (2 * inner % groups or dim % groups):
         return f"with {size}, {groups} processes share {here} experts of {2 * inner} and {dim} rows, not equally"
     return None
@@ -191,11 +190,6 @@ def context_problems(layout: Layout, model: TransformerConfig) -> Iterator[tuple
     """(key, message) for each reason why rows of this model cannot be cut over ranks like this."""
     if layout.context == 1:
         return
-    if layout.pipeline > 1:
-        message = (
-            f"{layout.context} does not go together with parallel.pipeline={layout.pipeline}; set one of them to 1"
-        )
-        yield "parallel.context", message
     for kind in sorted({_kind(layer) for layer in _layers(model) if not _in_parts(layer)}):
         yield "parallel.context", f"{layout.context}, but {kind} needs whole rows; set it to 1"
     if layout.context_method == "ulysses":

@@ -7,6 +7,7 @@ B batch, S sequence, D model dim, V vocabulary, H this process's heads, K head d
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,19 +55,29 @@ def block_form(*, enters: bool, leaves: bool) -> type | None:
 
 
 class EntryLinear(Cut):
+    bias: Tensor | None
+    product: Callable[..., Tensor]
+
     def forward(self, x_BSI: Tensor) -> Tensor:
-        weight_OI, bias_O = _cast(self, x_BSI)
-        return gather_linear(x_BSI, weight_OI, bias_O, self.peers)
+        if not self.peers.fused:
+            return super().forward(enter(x_BSI, self.peers))  # type: ignore[misc,no-any-return]
+        return _biased(self.product(x_BSI, partial(gather_linear, self.peers)), self.bias)
 
 
 class ExitLinear(Cut):
+    """The bias is added to the sum."""
+
+    bias: Tensor | None
+    product: Callable[..., Tensor]
+
     def forward(self, x_BSI: Tensor) -> Tensor:
-        weight_OI, bias_O = _cast(self, x_BSI)
-        return linear_scatter(x_BSI, weight_OI, bias_O, self.peers)
+        if not self.peers.fused:
+            return _biased(leave(self.product(x_BSI), self.peers), self.bias)
+        return _biased(self.product(x_BSI, partial(linear_scatter, self.peers)), self.bias)
 
 
-def _cast(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype)
+def _biased(y_BSO: Tensor, bias_O: Tensor | None) -> Tensor:
+    return y_BSO if bias_O is None else y_BSO + bias_O.to(y_BSO.dtype)
 
 
 class CutEmbedding(Cut):

@@ -7,6 +7,7 @@ freed with the layer.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -119,6 +120,11 @@ def reduce_gradients(model: nn.Module) -> None:
     for group in groups:
         group.post_backward()
     root._root_post_backward_final_callback()
+
+
+def without_gradients(model: nn.Module) -> AbstractContextManager[None]:
+    """Inference mode, but for a sharded model: buffers that its first forward makes are to be trained with later."""
+    return torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode()
 
 
 def release(model: nn.Module) -> None:

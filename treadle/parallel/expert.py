@@ -16,6 +16,7 @@ at most ceil(capacity * T * K / E) of the T tokens that one process has in one m
 E experts, P processes of a group, L = E / P experts on each, N rows of this process, R rows that arrive here, D dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, autograd, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.moe import MoE
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import local
 
 
 def distribute_experts(model: nn.Module, mesh: Mesh) -> list[nn.Module]:
@@ -42,7 +44,8 @@ def distribute_experts(model: nn.Module, mesh: Mesh) -> list[nn.Module]:
     for moe in [module for module in model.modules() if isinstance(module, MoE)]:
         for grouped in experts_of(moe):
             for name, parameter in list(grouped.named_parameters(recurse=False)):
-                setattr(grouped, name, nn.Parameter(_share(parameter, mesh), parameter.requires_grad))
+                shared = nn.Parameter(_share(parameter, mesh), parameter.requires_grad)
+                grouped.register_parameter(name, shared)
             grouped.forward = _Here(grouped)  # type: ignore[method-assign]
         exchange = Exchange(moe, mesh.expert.get_group())
         moe.send, moe.receive = exchange.send, exchange.receive  # type: ignore[method-assign]
@@ -56,12 +59,14 @@ def experts_of(moe: MoE) -> list[GroupedLinear]:
 
 
 def _share(parameter: Tensor, mesh: Mesh) -> DTensor:
-    """This process's experts out of all, as a tensor that knows the others."""
+    """This process's experts out of all, as a tensor that knows the others, and those who share each of its own."""
     assert mesh.expert is not None
     assert parameter.is_meta
-    here = parameter.detach()[: parameter.shape[0] // mesh.expert.size()]
+    cut: Sequence[Placement] = parameter.placements if isinstance(parameter, DTensor) else ()
+    here = local(parameter)[: parameter.shape[0] // mesh.expert.size()]
+    where = mesh.expert if mesh.expert_tensor is None else mesh.expert_tensor
     return DTensor.from_local(
-        here, mesh.expert, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+        here, where, [Shard(0), *cut], run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
 
 
@@ -72,10 +77,13 @@ class _Here:
         self.grouped = grouped
 
     def __call__(self, x_NI: Tensor, ends_E: Tensor, *, tail: bool = False) -> Tensor:
-        weight: Any = self.grouped.weight
-        bias: Any = self.grouped.bias
-        bias_LO = None if bias is None else bias.to_local()
-        return self.grouped.multiply(weight.to_local(), bias_LO, x_NI, ends_E, tail=tail)
+        weight, bias = _here(self.grouped.weight), self.grouped.bias
+        return self.grouped.multiply(weight, None if bias is None else _here(bias), x_NI, ends_E, tail=tail)
+
+
+def _here(parameter: Tensor) -> Tensor:
+    # Of what is cut by tensor parallelism too, a module sees what is here by itself.
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @dataclass

@@ -54,8 +54,9 @@ class Mesh:
     fsdp: what `fully_shard` takes, (replicate, shard x context) or (shard x context); None for a single process.
     batch: everything that a batch is cut over, (replicate x shard x context). pipeline, context, tensor: submeshes,
     None where the size is one. expert: the processes that experts are dealt to, neighbours within shard x context;
-    None without. expert_fsdp: what `fully_shard` takes for experts then, `fsdp` less `expert`. background: the group
-    of saves that go on beside training. patient: that of waits.
+    None without. expert_tensor: (expert, tensor), None where either is. expert_fsdp: what `fully_shard` takes for
+    experts then, `fsdp` less `expert`. background: the group of saves that go on beside training. patient: that of
+    waits.
     """
 
     world: World = World()
@@ -67,6 +68,7 @@ class Mesh:
     context: DeviceMesh | None = None
     tensor: DeviceMesh | None = None
     expert: DeviceMesh | None = None
+    expert_tensor: DeviceMesh | None = None
     expert_fsdp: DeviceMesh | None = None
     background: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
@@ -252,12 +254,13 @@ def make_mesh(world: World, layout: Layout, device: torch.device) -> Mesh:
     root = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
     shard = _flatten(root["shard", "context"], "shard_context") if layout.context > 1 else root["shard"]
     fsdp = shard if layout.replicate == 1 else _concatenate(root["replicate"], shard)
-    experts = expert_fsdp = None
+    experts = expert_tensor = expert_fsdp = None
     if layout.expert > 1:
         dealt = _unflatten(shard, {"expert_shard": shard.size() // layout.expert, "expert": layout.expert})
         experts, expert_fsdp = dealt["expert"], dealt["expert_shard"]
         if layout.replicate > 1:
             expert_fsdp = _concatenate(root["replicate"], expert_fsdp)
+        expert_tensor = _concatenate(experts, root["tensor"]) if layout.tensor > 1 else None
     single = {name: root[name] if getattr(layout, name) > 1 else None for name in ("pipeline", "context", "tensor")}
     return Mesh(
         world,
@@ -266,6 +269,7 @@ def make_mesh(world: World, layout: Layout, device: torch.device) -> Mesh:
         fsdp=fsdp,
         batch=_flatten(root["replicate", "shard", "context"], "batch"),
         expert=experts,
+        expert_tensor=expert_tensor,
         expert_fsdp=expert_fsdp,
         background=dist.new_group(backend="gloo"),
         patient=dist.new_group(backend="gloo", timeout=PATIENCE),

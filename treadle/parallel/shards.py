@@ -20,8 +20,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
 from treadle.nn.init import Piece
 from treadle.nn.linear import GroupedLinear
@@ -107,14 +106,19 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def spread_like(values: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor of which `values` are what this process holds, where it is spread as `tensor` is."""
+def summed(placements: Sequence[Placement]) -> list[Placement]:
+    """Those of a gradient, of which each process has a part of a sum where the tensor itself is on all."""
+    return [Partial() if placement.is_replicate() else placement for placement in placements]
+
+
+def spread_like(values: Tensor, tensor: Tensor, *, gradient: bool = False) -> Tensor:
+    """The tensor of which `values` are what this process holds, where it is spread as `tensor` is, or its gradient."""
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(
         values,
         tensor.device_mesh,
-        tensor.placements,
+        summed(tensor.placements) if gradient else tensor.placements,
         run_check=False,
         shape=tensor.shape,
         stride=tensor.stride(),

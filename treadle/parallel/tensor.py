@@ -15,13 +15,14 @@ of every replicated parameter is a sum over the processes, without an exception.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from treadle.attention import AttentionFacts
 from treadle.errors import ConfigError
@@ -34,6 +35,7 @@ from treadle.parallel.config import ParallelConfig
 from treadle.parallel.data import sharded_units, wide_units
 from treadle.parallel.fits import blocks
 from treadle.parallel.mesh import Mesh
+from treadle.parallel.shards import EXPERT, TENSOR, summed
 
 
 def shard_tensor(model: Transformer, mesh: Mesh, config: ParallelConfig) -> None:
@@ -159,7 +161,7 @@ class View:
         if not self.replicated:
             here = parameter.to_local()
             return self._with_shared(here, peers) if self.shared else here
-        here = parameter.to_local(grad_placements=[Partial()])
+        here = parameter.to_local(grad_placements=summed(parameter.placements))
         if self.heads is not None:
             return _head(here, self.heads, peers)
         return here * float(peers.rank == 0) if self.once else here
@@ -180,6 +182,18 @@ class View:
                 part = _head(next(wholes).flatten(0, 1), heads, peers)
             found.append(part)
         return torch.cat(found)
+
+    def add_gradient(self, mine: Tensor, add: Callable[[Tensor], Any], peers: Peers) -> None:
+        """Add to `mine`, the gradient of what is here of a parameter, what `add` adds to that of what is seen of it."""
+        if not self.shared:
+            add(mine)
+            return
+        with torch.enable_grad():
+            here = torch.zeros_like(mine).requires_grad_()
+            seen = self._with_shared(here, peers)  # linear: the values make no difference to its backward
+        gradient = torch.zeros_like(seen)
+        add(gradient)
+        mine.add_(torch.autograd.grad(seen, here, gradient)[0])
 
 
 def _head(whole: Tensor, heads: int, peers: Peers) -> Tensor:
@@ -258,7 +272,7 @@ def _seen(name: str) -> Any:
 def _look(module: Any, name: str) -> Tensor:
     parameter = module._parameters[name]
     # Outside of a forward it is on the mesh of data as well: whoever asks then means the parameter itself.
-    if parameter.device_mesh.ndim != 1:
+    if not {TENSOR, EXPERT}.issuperset(parameter.device_mesh.mesh_dim_names):
         return parameter  # type: ignore[no-any-return]
     return module.views[name].of(parameter, module.peers)  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ N rows (of all leading dimensions), E experts, I inputs, O outputs.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, autograd, nn
@@ -18,6 +18,8 @@ from torch import Tensor, autograd, nn
 from treadle.kernels.grouped_linear import Implementation, grouped_linear, grouped_weight_gradient
 from treadle.kernels.linear_cross_entropy import add_outer_products
 from treadle.nn.linear import GroupedLinear, Linear
+from treadle.parallel.collectives import Later
+from treadle.parallel.shards import local, spread_like
 
 
 class WeightGradients:
@@ -56,10 +58,19 @@ def defer_weight_gradients(modules: Iterable[nn.Module]) -> WeightGradients:
 class DeferringLinear(Linear):
     queue: WeightGradients
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Linear.apply(x, self.weight, self.queue)
+        y = self.product(x)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    @torch.compiler.disable
+    def product(self, x: Tensor, multiply: Callable[..., Tensor] | None = None) -> Tensor:
+        total = Total(self)
+
+        def later(dy: Tensor, x: Tensor) -> None:
+            dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
+            self.queue.waiting.append(lambda: total.add(lambda sum_OI: add_outer_products(sum_OI, dy_NO, x_NI)))
+
+        return (multiply or _Linear.apply)(x, apart(self.weight), later)  # type: ignore[no-any-return]
 
 
 class DeferringGroupedLinear(GroupedLinear):
@@ -67,25 +78,38 @@ class DeferringGroupedLinear(GroupedLinear):
 
     @torch.compiler.disable
     def product(self, weight_EOI: Tensor, x_NI: Tensor, ends_E: Tensor, tail: bool) -> Tensor:
-        found: Tensor = _GroupedLinear.apply(x_NI, weight_EOI, ends_E, tail, self.implementation, self.queue)
+        total, how = Total(self), self.implementation
+
+        def later(dy_NO: Tensor, x_NI: Tensor) -> None:
+            def add(sum_EOI: Tensor) -> None:
+                sum_EOI.add_(grouped_weight_gradient(dy_NO, x_NI, ends_E, implementation=how))
+
+            self.queue.waiting.append(lambda: total.add(add))
+
+        found: Tensor = _GroupedLinear.apply(x_NI, apart(weight_EOI), ends_E, tail, how, later)
         return found
 
 
+def apart(weight: Tensor) -> Tensor:
+    """The weight as a leaf of its own: it gets no gradient from the backward, and nor does what it was made of. An
+    input nevertheless, so that a node exists even where x needs no gradient."""
+    return weight.detach().requires_grad_(weight.requires_grad)
+
+
 class _Linear(autograd.Function):
-    """x W^T. The weight is an input so that a node exists even where x needs no gradient; it gets none from here."""
+    """x W^T."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, queue: WeightGradients) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, later: Later) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        ctx.weight, ctx.queue = weight_OI, queue  # saved tensors come back as copies of themselves, without `.grad`
+        ctx.later = later
         return nn.functional.linear(x, weight_OI.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (dy,), (x, weight_OI), weight = grads, ctx.saved_tensors, ctx.weight
+        (dy,), (x, weight_OI) = grads, ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            dy_NO, x_NI = dy.flatten(0, -2), x.flatten(0, -2)
-            ctx.queue.waiting.append(lambda: add_outer_products(_gradient(weight), dy_NO, x_NI))
+            ctx.later(dy, x)
         return (dy @ weight_OI.to(dy.dtype) if ctx.needs_input_grad[0] else None), None, None
 
 
@@ -100,31 +124,46 @@ class _GroupedLinear(autograd.Function):
         ends_E: Tensor,
         tail: bool,
         implementation: Implementation,
-        queue: WeightGradients,
+        later: Later,
     ) -> Tensor:
         ctx.save_for_backward(x_NI, weight_EOI, ends_E)
-        ctx.weight, ctx.queue, ctx.tail, ctx.implementation = weight_EOI, queue, tail, implementation
+        ctx.later, ctx.tail, ctx.implementation = later, tail, implementation
         return grouped_linear(x_NI, weight_EOI.to(x_NI.dtype), ends_E, tail=tail, implementation=implementation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (dy_NO,), (x_NI, weight_EOI, ends_E) = grads, ctx.saved_tensors
-        weight, how = ctx.weight, {"implementation": ctx.implementation}
         if ctx.needs_input_grad[1]:
-            ctx.queue.waiting.append(
-                lambda: _gradient(weight).add_(grouped_weight_gradient(dy_NO, x_NI, ends_E, **how))
-            )
+            ctx.later(dy_NO, x_NI)
         dx_NI = None
         if ctx.needs_input_grad[0]:
             weight_EIO = weight_EOI.to(dy_NO.dtype).transpose(1, 2)
-            dx_NI = grouped_linear(dy_NO, weight_EIO, ends_E, tail=ctx.tail, **how)
+            dx_NI = grouped_linear(dy_NO, weight_EIO, ends_E, tail=ctx.tail, implementation=ctx.implementation)
         return dx_NI, None, None, None, None, None
 
 
-def _gradient(weight: Tensor) -> Tensor:
-    """What a weight's gradient is added up in, at first zeros: in float32, also where FSDP's weight is narrower."""
+class Total:
+    """What the gradients of a layer's weight are added up in. Made in the forward, where the weight is at hand: when
+    its gradient's turn comes, FSDP may have put another in its place."""
+
+    def __init__(self, layer: nn.Module):
+        self.weight = layer._parameters["weight"]
+        self.view, self.peers = getattr(layer, "views", {}).get("weight"), getattr(layer, "peers", None)
+
+    def add(self, add: Callable[[Tensor], Any]) -> None:
+        """add: to a tensor of the shape that the layer has seen of its weight."""
+        mine = _gradient(cast(nn.Parameter, self.weight))
+        if self.view is None:
+            add(mine)
+        else:
+            self.view.add_gradient(mine, add, self.peers)
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    """What is here of a weight's gradient, at first zeros: in float32, also where FSDP's weight is narrower."""
     if weight.grad is None:
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight.grad_dtype = wide
-        weight.grad = torch.zeros_like(weight, dtype=wide)
-    return weight.grad
+        zeros = torch.zeros_like(local(weight), dtype=wide)
+        weight.grad = spread_like(zeros, weight, gradient=True)
+    return local(weight.grad)

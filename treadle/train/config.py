@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from treadle.config import Config
 from treadle.config.base import key_error
-from treadle.parallel.activation_checkpointing import Mode
+from treadle.parallel.activation_checkpointing import BudgetConfig, CheckpointingConfig, NoneConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -22,9 +22,10 @@ class TrainingConfig(Config):
     clip_norm: PositiveFloat | None = Field(1.0, description="scale gradients down to this global norm; null: never")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log partition function")
     attention: Literal["auto", "reference", "sdpa", "flash", "flex"] = Field("auto", description="attention backend")
-    activation_checkpointing: Mode = Field(
-        "none", description="recompute layers in the backward: none, selective (keeps every other matmul), full"
+    activation_checkpointing: CheckpointingConfig = Field(
+        NoneConfig(), description="what is kept for the backward: none, selective, full, budget, offload"
     )
+    fp8: bool = Field(False, description="matmuls of layers in fp8, forward and backward (Hopper, Ada or later)")
     compile: bool = Field(True, description="torch.compile each layer")
     log_every: PositiveInt = Field(10, description="steps between logged metrics")
 
@@ -37,6 +38,13 @@ class TrainingConfig(Config):
     def _micro_batches_fit(self) -> "TrainingConfig":
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise key_error("micro_batch_size", f"{self.micro_batch_size} does not divide batch_size={self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_compiled(self) -> "TrainingConfig":
+        if isinstance(self.activation_checkpointing, BudgetConfig) and not self.compile:
+            message = "budget is kept by the compiler, and training.compile is false; set it to true, or try selective"
+            raise key_error("activation_checkpointing", message)
         return self
 
 

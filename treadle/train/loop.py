@@ -87,7 +87,8 @@ class Loop:
         """
         self.state, self.config, self.schedule = state, config, schedule
         self.loss_function, self.callbacks, self.rescue = loss_function, list(callbacks), rescue
-        self.mesh, self.device = mesh or Mesh(), state.model.device
+        self.device = state.model.device
+        self.mesh = mesh or Mesh(device=self.device)
         self.watchdog = Watchdog(self.mesh, timeout, rescue) if rescue is not None else None
         self.watch = Stopwatch(self.device)
         self.interrupted = False

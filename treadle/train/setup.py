@@ -5,11 +5,13 @@ import torch
 from treadle.errors import ConfigError
 from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
-from treadle.parallel.activation_checkpointing import apply_activation_checkpointing
+from treadle.parallel.activation_checkpointing import BudgetConfig, apply_activation_checkpointing, offloads
+from treadle.parallel.activation_offload import offload_activations
 from treadle.parallel.compile import compile_between, compile_layers
 from treadle.parallel.config import ZERO_BUBBLE, ParallelConfig, context_problems
 from treadle.parallel.data import shard_data
 from treadle.parallel.expert import distribute_experts
+from treadle.parallel.float8 import use_float8
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.pipeline import cut
 from treadle.parallel.shards import parts_of, pieces
@@ -53,14 +55,20 @@ def build_model(
     cut(model, mesh, parallel, training.sequence_length)
     model.dtype, model.compute_device = DTYPES[training.precision], mesh.device
     deferring = mesh.pipeline is not None and parallel.schedule in ZERO_BUBBLE
+    if training.fp8:
+        use_float8(model, mesh, parallel)
     shard_tensor(model, mesh, parallel)
     travelling = distribute_experts(model, mesh)
+    recompute = training.activation_checkpointing
+    budget = recompute.share if isinstance(recompute, BudgetConfig) else None
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
         if training.compile and deferring:
-            compile_between(layers)
-        apply_activation_checkpointing(layers, training.activation_checkpointing)
+            compile_between(layers, budget=budget)
+        apply_activation_checkpointing(layers, recompute)
         if training.compile and not deferring:
-            compile_layers(layers, apart=travelling)
+            compile_layers(layers, apart=travelling, budget=budget)
+        if offloads(recompute):
+            offload_activations(layers, mesh.device)
     shard_data(model, mesh, parallel)
     model.to_empty(device="cpu" if parallel.cpu_offload else mesh.device)
     parts = parts_of(model)

@@ -24,7 +24,7 @@ from treadle.nn.roles import parameter_roles
 from treadle.nn.short_convolution import ShortConvolution
 from treadle.nn.store import build_meta, load_model, save_model
 from treadle.nn.transformer import Transformer, TransformerConfig
-from treadle.parallel.activation_checkpointing import apply_activation_checkpointing
+from treadle.parallel.activation_checkpointing import CheckpointingConfig, apply_activation_checkpointing
 from treadle.parallel.compile import compile_layers
 from treadle.train.muon import Muon
 from treadle.train.optimizers import AdamWConfig, MuonConfig
@@ -313,7 +313,7 @@ def test_a_longer_row_is_no_larger_a_graph() -> None:
 def test_recomputed_layers_have_the_same_gradients(mode: Any, backend: str | None) -> None:
     expected = loss_and_gradients(build())
     model = build()
-    apply_activation_checkpointing(model.layers, mode)
+    apply_activation_checkpointing(model.layers, CheckpointingConfig.model_validate(mode))
     if backend is not None:
         compile_layers(model.layers, backend=backend)
     tolerance = 0 if backend is None else 1e-9

@@ -18,7 +18,7 @@ from treadle.nn import flops
 from treadle.nn.latent_attention import LatentAttention, LatentAttentionConfig
 from treadle.nn.roles import parameter_roles
 from treadle.nn.transformer import Transformer, TransformerConfig
-from treadle.parallel.activation_checkpointing import apply_activation_checkpointing
+from treadle.parallel.activation_checkpointing import CheckpointingConfig, apply_activation_checkpointing
 
 D, H, C, N, R, V = 12, 3, 16, 8, 4, 6
 SIZES: dict[str, Any] = {"heads": H, "kv_rank": C, "nope_dim": N, "rope_dim": R, "value_dim": V}
@@ -162,7 +162,7 @@ def test_recomputation_changes_no_bit(mixer: dict[str, Any], mode: Any) -> None:
     tokens_BS, gradients = torch.randint(0, 64, (2, 20)), []
     for each in ("none", mode):
         model = build(**mixer)
-        apply_activation_checkpointing(model.layers, each)
+        apply_activation_checkpointing(model.layers, CheckpointingConfig.model_validate(each))
         model(tokens_BS).square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
