@@ -116,7 +116,7 @@ def dry_run(config: SessionConfig | DryRunConfig, world: int, *, device: str = "
         raise ConfigError("model.vocab_size: not set, and a dry run has no tokenizer to take it from; give a number")
     arguments = (config.parallel, world, model, training.batch_size, training.sequence_length)
     layout = check_layout(*arguments, rows=training.rows)
-    plain = {name: to_dict(config)[name] for name in DryRunConfig.model_fields}
+    plain = {name: value for name, value in to_dict(config).items() if name in DryRunConfig.model_fields}
     # A process for each: of a process group only one can ever be faked in a process.
     context = multiprocessing.get_context("spawn")
     ranks = range(layout.pipeline)
