@@ -89,7 +89,6 @@ def _load(path: Path, overrides: list[str]) -> "TransformerConfig":
     from treadle.config import read_yaml, resolve, to_dict
     from treadle.families import checkpoint
     from treadle.nn.transformer import TransformerConfig
-    from treadle.train.setup import with_vocabulary
 
     if path.is_dir():
         inside = [path / name for name in ("model.yaml", "final/model.yaml", "config.yaml") if (path / name).is_file()]
@@ -100,7 +99,13 @@ def _load(path: Path, overrides: list[str]) -> "TransformerConfig":
         path = inside[0]
     if "model" not in read_yaml(path):
         return resolve(TransformerConfig, path, overrides)
-    recipe: Any = recipes.load(path, overrides)
+    return model_of(recipes.load(path, overrides))
+
+
+def model_of(recipe: Any) -> "TransformerConfig":
+    """The model of a recipe, with a vocabulary where the size of the tokenizer is known beforehand."""
+    from treadle.train.setup import with_vocabulary
+
     size = getattr(getattr(getattr(recipe, "data", None), "tokenizer", None), "vocab_size", None)
     config: TransformerConfig = recipe.model
     return config if size is None or config.vocab_size is not None else with_vocabulary(config, size)

@@ -4,7 +4,11 @@ All memory is in bytes of one process's device, all time in seconds of one step.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+GIB = float(2**30)
+TIGHT = 0.92  # of the memory: above, what fragments and what nobody predicts may not fit any more
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,46 @@ class StepTime:
     @property
     def total(self) -> float:
         return self.compute + self.memory + sum(self.communication.values()) + self.bubble
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout, predicted. footprints: of a process of each rank of the pipeline."""
+
+    footprints: tuple[Footprint, ...]
+    time: StepTime  # of the rank that takes longest
+    memory: float  # of the device, bytes
+    tokens: int  # of a step, over all processes
+    mfu: float  # causal attention FLOPs, over the data sheet's peak
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the process that needs most."""
+        return max(footprint.total for footprint in self.footprints)
+
+    @property
+    def allocated(self) -> float:
+        """Of the peak, what PyTorch's allocator counts (`torch.cuda.max_memory_allocated`)."""
+        return max(footprint.total - footprint.overhead for footprint in self.footprints)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.time.total
+
+    @property
+    def verdict(self) -> Literal["fits", "tight", "does not fit"]:
+        share = self.peak / self.memory
+        return "does not fit" if share > 1 else "tight" if share > TIGHT else "fits"
+
+    def summary(self) -> dict[str, float | str]:
+        """What a run records, to be held against what it measures."""
+        return {
+            "memory_gib": self.allocated / GIB,
+            "step_seconds": self.time.total,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "verdict": self.verdict,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.summary() | {"footprints": [asdict(f) for f in self.footprints], "time": asdict(self.time)}

@@ -1,0 +1,106 @@
+"""What a device and its links reach: the constants that predictions of time rest on, each with where it comes from.
+
+Rates are what kernels reach over a whole training step, where the clock is lower than in a benchmark of one kernel: of
+the H200 measured (docs/benchmarks.md), of others the data sheet times the share that the H200 reaches of its own.
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from treadle.config import Config, resolve
+from treadle.errors import ConfigError
+
+
+class Device(Config):
+    """One accelerator and the machine that it is in. Rates in units per second, bandwidths one way."""
+
+    name: str
+    memory_gib: PositiveFloat = Field(description="what a program can allocate, GiB")
+    peak_tflops: PositiveFloat = Field(description="dense bf16, data sheet: what MFU divides by")
+    matmul_tflops: PositiveFloat = Field(description="large bf16 matmuls reach in a training step")
+    attention_tflops: PositiveFloat = Field(description="forward + backward at head dim 128, 3.5 times the forward")
+    attention_64_tflops: PositiveFloat = Field(description="the same at head dim 64 and below")
+    bandwidth_tbs: PositiveFloat = Field(description="a copy reads and writes, TB/s")
+    per_node: PositiveInt = Field(8, description="devices of a machine")
+    link_gbs: PositiveFloat = Field(description="between devices of a machine, GB/s that collectives reach")
+    network_gbs: PositiveFloat = Field(45.0, description="to other machines, GB/s for each device")
+    host_gbs: PositiveFloat = Field(25.0, description="to host memory, GB/s for each device")
+    latency_us: PositiveFloat = Field(10.0, description="a collective takes at least, microseconds")
+    context_gib: PositiveFloat = Field(0.6, description="taken before the first tensor: CUDA context and kernels")
+
+
+def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float, per_node: int = 8) -> Device:
+    """From the data sheet (dense bf16 TFLOP/s, TB/s, GB/s one way), at the shares that an H200 reaches."""
+    return Device(
+        name=name,
+        memory_gib=memory,
+        peak_tflops=peak,
+        matmul_tflops=round(0.75 * peak),
+        attention_tflops=round(0.45 * peak),
+        attention_64_tflops=round(0.37 * peak),
+        bandwidth_tbs=round(0.89 * bandwidth, 2),
+        per_node=per_node,
+        link_gbs=0.8 * link,  # what NCCL's rings reach of NVLink
+    )
+
+
+DEVICES: dict[str, Device] = {
+    # Measured: matrix products and attention (head dim 64) of a step, a copy. Head dim 128: as in a benchmark of the
+    # kernel, 512 TFLOP/s, less what 64 loses from there (417) to the step. Links: data sheet, as below.
+    "h200": Device(
+        name="h200",
+        memory_gib=139.8,
+        peak_tflops=989.4,
+        matmul_tflops=743,
+        attention_tflops=449,
+        attention_64_tflops=366,
+        bandwidth_tbs=4.27,
+        link_gbs=360,
+    ),
+    "h100": _nvidia("h100", 79.1, 989.4, 3.35, 450),
+    "a100": _nvidia("a100", 79.1, 312, 2.04, 300),
+    "b200": _nvidia("b200", 178.0, 2250, 8.0, 900),
+    "l40s": _nvidia("l40s", 44.4, 362, 0.864, 32),
+    "rtx4090": _nvidia("rtx4090", 23.5, 165.2, 1.008, 32, per_node=1),
+    "rtx3090": _nvidia("rtx3090", 23.5, 71, 0.936, 32, per_node=1),
+    # One core of a server: what float32 matmuls of a few hundred rows reach.
+    "cpu": Device(
+        name="cpu",
+        memory_gib=24,
+        peak_tflops=0.1,
+        matmul_tflops=0.06,
+        attention_tflops=0.02,
+        attention_64_tflops=0.02,
+        bandwidth_tbs=0.01,
+        per_node=1,
+        link_gbs=5,
+        context_gib=0.3,
+    ),
+}
+
+
+def find_device(name: str) -> Device:
+    """A device by its name, as data sheets and drivers write it, or from a YAML file with the keys of `Device`.
+
+    Raises ConfigError for another, which says what a file needs.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        found: Device = resolve(Device, path)
+        return found
+    plain = re.sub(r"[-_\s]+", " ", name.lower())
+    # Boards of the same name that are slower, or two of it, are others.
+    if not re.search(r"pcie|nvl|laptop|max q|\bd\b|gb200", plain):
+        for key, device in DEVICES.items():
+            if re.search(rf"\b{key.replace('rtx', '(geforce )?rtx ?')}\b", plain):
+                return device
+    near = difflib.get_close_matches(plain, DEVICES, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    needed = [key for key, field in Device.model_fields.items() if field.is_required()]
+    raise ConfigError(
+        f"device: '{name}' is not known; known: {', '.join(DEVICES)}.{hint} For another give a YAML file with "
+        f"{', '.join(needed)} (units: treadle/memory/devices.py)"
+    )
