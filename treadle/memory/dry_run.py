@@ -37,6 +37,7 @@ from treadle.nn.config import LayerConfig
 from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.parallel import config as layouts
+from treadle.parallel.activation_checkpointing import offloads
 from treadle.parallel.config import Layout, ParallelConfig, check_layout
 from treadle.parallel.gradients import clip_gradients, gradient_norm
 from treadle.parallel.mesh import Mesh, World, make_mesh
@@ -114,6 +115,8 @@ def dry_run(config: SessionConfig | DryRunConfig, world: int, *, device: str = "
     model, training = config.model, config.training
     if model.vocab_size is None:
         raise ConfigError("model.vocab_size: not set, and a dry run has no tokenizer to take it from; give a number")
+    if offloads(training.activation_checkpointing):
+        raise ConfigError("training.activation_checkpointing: a dry run cannot follow activations into host memory")
     arguments = (config.parallel, world, model, training.batch_size, training.sequence_length)
     layout = check_layout(*arguments, rows=training.rows)
     plain = {name: value for name, value in to_dict(config).items() if name in DryRunConfig.model_fields}

@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treadle.errors import ConfigError
+from treadle.memory.advice import cheapest
+from treadle.memory.analytic import Setting
 from treadle.memory.live import local
-from treadle.memory.plan import Footprint
+from treadle.memory.plan import GIB
+from treadle.memory.predict import setting_of
+from treadle.nn.transformer import Transformer
+from treadle.parallel.mesh import Mesh
 from treadle.tracking.run import Run
+from treadle.train.hardware import device_name
 from treadle.train.loop import Callback, Loop, StepRecord
+from treadle.train.session import SessionConfig
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 LARGEST = 12  # allocations that a report names
 SETTLED = 2  # the step after which optimizer state and compiled code are there
-Advice = Callable[[], Sequence[str]]  # the cheapest changes that save memory, cheapest first
 
 
 class TrackMemory(Callback):
@@ -34,16 +40,18 @@ class TrackMemory(Callback):
     `kill -USR1` to the process writes a snapshot of the allocator on demand.
     """
 
-    def __init__(self, run: Run, planned: Footprint | None = None, advice: Advice | None = None):
-        """planned: of this process. advice: asked when memory has run out."""
-        self.run, self.planned, self.advice = run, planned, advice
+    def __init__(self, run: Run, setting: Callable[[], Setting | None] = lambda: None):
+        """setting: of the run, as planning knows it; asked for on a GPU only. None: it has no plan."""
+        self.run, self.setting = run, setting
         self.asked = False
+        self.plans: Setting | None = None
         self._previous: Any = None
 
     def start(self, loop: Loop) -> None:
         if loop.device.type == "cuda":
             # Stacks of Python frames only, and of so many allocations: cheap enough to be on all the time.
             torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=100_000)
+            self.plans = self.setting()
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "asked", True))
 
@@ -62,8 +70,10 @@ class TrackMemory(Callback):
             resting[category] += tensor.untyped_storage().nbytes()
         found = {f"{category}_gib": size / GIB for category, size in resting.items()}
         found |= {"peak_gib": peak / GIB, "rest_gib": (peak - sum(resting.values())) / GIB}
-        if self.planned is not None:
-            planned = self.planned.total - self.planned.overhead  # which lies outside of the allocator
+        if self.plans is not None:
+            rank = 0 if loop.mesh.pipeline is None else loop.mesh.pipeline.get_local_rank()
+            footprint = self.plans.ranks[rank].footprint()
+            planned = footprint.total - footprint.overhead  # which lies outside of the allocator
             found |= {"planned_gib": planned / GIB, "planned_error": planned / peak - 1}
         return found
 
@@ -77,10 +87,20 @@ class TrackMemory(Callback):
 
     def out_of_memory(self, loop: Loop, error: Exception) -> None:
         """Write what was there before the error goes on, with the place of it."""
-        changes = [] if self.advice is None else list(self.advice())[:3]
+        changes = [] if self.plans is None else [" ".join(found.overrides()) for found in cheapest(self.plans)]
         path = write_snapshot(self.run.folder, loop, str(error).partition("\n")[0], changes)
         error.add_note(f"What was in memory, and what to change: {path}")
         self.close()
+
+
+def setting_of_run(config: SessionConfig, model: Transformer, mesh: Mesh) -> Setting | None:
+    """What planning knows a run as; None on a device that it does not know."""
+    try:
+        known = config.model_copy(update={"model": model.config})  # with its vocabulary
+        return setting_of(known, mesh.world.size, device_name(mesh.device))
+    except ConfigError as error:
+        logger.info("no memory plan for this run: %s", error)
+        return None
 
 
 def owned(loop: Loop) -> Iterator[tuple[str, str, Tensor]]:
