@@ -13,6 +13,8 @@ from torch import Tensor
 class TokenCache:
     """What a layer keeps of every token, keys and values say: one buffer each, of all rows' same length."""
 
+    in_pages = False
+
     def __init__(
         self,
         batch: int,
@@ -33,6 +35,10 @@ class TokenCache:
         for buffer, tensor in zip(self.buffers, new, strict=True):
             buffer[:, start : self.length] = tensor
         return tuple(buffer[:, : self.length] for buffer in self.buffers)
+
+    def fresh(self, queries: int) -> bool:
+        """Whether the queries' own tokens are all there are: it was empty before them."""
+        return self.length == queries
 
 
 class Cache:

@@ -11,6 +11,7 @@ from torch import Tensor
 from treadle.attention import context_parallel, flash, flex, reference, sdpa
 from treadle.attention.context import AttentionContext
 from treadle.attention.facts import AttentionFacts
+from treadle.attention.paged import PagedCache, by_rows, gather
 from treadle.config.base import nearest
 from treadle.errors import ConfigError
 
@@ -36,8 +37,26 @@ def attend(
         raise ValueError(f"facts.sinks is {facts.sinks}, sinks_H is {'missing' if sinks_H is None else 'given'}")
     if context.parts is not None:
         return context_parallel.attend(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H, attend)
+    if isinstance(context.cache, PagedCache):
+        return _attend_pages(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H)
     backend = BACKENDS[choose(q_BSHK, facts, context, v_BTGV.shape[-1])]
     return backend.attend(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H)
+
+
+def _attend_pages(
+    q_1THK: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    facts: AttentionFacts,
+    context: AttentionContext,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Each request's queries over its pages, gathered: any facts, any device, with copies of all keys and values."""
+    pages = context.cache.pages
+    rows, q_RSHK = by_rows(pages, context), pages.rows(q_1THK)
+    k_RTGK, v_RTGV = gather(pages, k_pages).to(q_1THK.dtype), gather(pages, v_pages).to(q_1THK.dtype)
+    backend = BACKENDS[choose(q_RSHK, facts, rows, v_RTGV.shape[-1])]
+    return pages.row(backend.attend(q_RSHK, k_RTGK, v_RTGV, facts, rows, sinks_H), q_1THK.shape[1])
 
 
 def choose(q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext, value_dim: int | None = None) -> str:

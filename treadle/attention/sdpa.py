@@ -37,8 +37,8 @@ def attend(
     context: AttentionContext,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    first_call = replace(context, cache=None) if q_BSHK.shape[1] == k_BTGK.shape[1] else context  # the cache was empty
-    causal = is_plain(q_BSHK.shape[1], facts, first_call)
+    fresh = context.cache is not None and context.cache.fresh(q_BSHK.shape[1])
+    causal = is_plain(q_BSHK.shape[1], facts, replace(context, cache=None) if fresh else context)
     mask = None if causal else _mask(q_BSHK, k_BTGK.shape[1], facts, context, sinks_H)
     if sinks_H is not None:
         k_BTGK, v_BTGV = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k_BTGK, v_BTGV))

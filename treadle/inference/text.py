@@ -10,6 +10,7 @@ from treadle.config import Config
 from treadle.data.tokenizer import NO_TOKENIZER, Tokenizer
 from treadle.errors import DataError
 from treadle.inference import generate as sampling
+from treadle.inference.text_stream import TextStream
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.pipeline import pipeline_of
@@ -57,16 +58,14 @@ def stream(model: Transformer, tokenizer: Tokenizer | None, prompt: str = "", **
     """One continuation, piece by piece as it is made; characters are never split. Raises as `generate` does."""
     tokenizer = _needed(tokenizer)
     options.setdefault("max_new_tokens", 256)
-    tokens: list[int] = []
-    before, shown = 0, 0  # tokens[before:shown] are shown; decoding them again gives what follows its context
+    shown = TextStream(tokenizer)
     for (token,) in sampling.stream(model, _encode(tokenizer, prompt), **options):
         if token == tokenizer.eos_id:
             break
-        tokens.append(token)
-        context, text = tokenizer.decode(tokens[before:shown]), tokenizer.decode(tokens[before:])
-        if len(text) > len(context) and not text.endswith("\ufffd"):  # else the bytes end inside a character
-            yield text[len(context) :]
-            before, shown = shown, len(tokens)
+        if piece := shown.push(token):
+            yield piece
+    if piece := shown.end():
+        yield piece
 
 
 def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -10,7 +10,7 @@ from treadle.errors import ConfigError
 from treadle.memory.analytic import Setting
 from treadle.memory.plan import Plan
 from treadle.memory.predict import check, plan_of
-from treadle.memory.search import Found, changed
+from treadle.memory.search import MODES, Found, changed
 
 Changes = dict[str, dict[str, Any]]
 
@@ -33,8 +33,9 @@ def cheapest(setting: Setting, count: int = 3) -> list[Found]:
 def _singles(setting: Setting) -> Iterator[Changes]:
     """Changes of one idea each that can save memory."""
     training, layout = setting.training, setting.layout
-    modes = ("none", "selective", "full")
-    for mode in modes[modes.index(training.activation_checkpointing) + 1 :]:
+    kinds = [mode.kind for mode in MODES]
+    now = training.activation_checkpointing.kind
+    for mode in MODES[kinds.index(now) + 1 if now in kinds else 1 :]:
         yield {"training": {"activation_checkpointing": mode}}
     rows = setting.rows
     for fewer in (rows // 2, rows // 4, 1):

@@ -16,6 +16,7 @@ from treadle.memory.facts import LayerFacts, layer_facts
 from treadle.memory.plan import GIB, Footprint
 from treadle.nn.config import LayerConfig
 from treadle.nn.transformer import TransformerConfig
+from treadle.parallel.activation_checkpointing import BudgetConfig, offloads
 from treadle.parallel.config import SINGLE, V_SHAPED, Layout, ParallelConfig
 from treadle.parallel.pipeline import _process as process_of
 from treadle.train.config import TrainingConfig
@@ -186,7 +187,7 @@ class Rank:
         reducing = self._reducing()
         for unit, (_, facts), size, cast in reversed(list(zip(self.units, self.layers, kept, casts, strict=True))):
             working = facts.working * T
-            if training.activation_checkpointing != "none":
+            if training.activation_checkpointing.kind != "none":
                 working += facts.kept * T - size * T + (0.0 if setting.sharded else facts.weights)
             communication = base.communication + (reducing if setting.sharded else 0.0)
             moments.append(
@@ -220,9 +221,14 @@ class Rank:
 
     def _kept(self) -> tuple[list[float], list[float]]:
         """Per token and layer what is kept for the backward; and per layer the matrices that are."""
-        mode = self.setting.training.activation_checkpointing
-        name = {"none": "kept", "selective": "selected", "full": "input"}[mode]
-        casts = [facts.weights if mode == "none" else 0.0 for _, facts in self.layers]
+        how = self.setting.training.activation_checkpointing
+        name = {"selective": "selected", "full": "input"}.get(how.kind, "kept")
+        casts = [facts.weights if how.kind == "none" else 0.0 for _, facts in self.layers]
+        if offloads(how):  # two layers' at a time
+            last = len(self.layers) - 2
+            return [getattr(facts, name) * (i >= last) for i, (_, facts) in enumerate(self.layers)], casts
+        if isinstance(how, BudgetConfig):
+            return [facts.input + how.share * (facts.kept - facts.input) for _, facts in self.layers], casts
         return [getattr(facts, name) for _, facts in self.layers], casts
 
     def _gathered(self) -> float:

@@ -36,8 +36,8 @@ def training_flops(setting: Setting) -> float:
 def _rank_time(rank: Rank) -> StepTime:
     setting = rank.setting
     device, layout, n, T = setting.device, setting.layout, setting.micro_batches, setting.tokens
-    bandwidth, mode = STREAM * device.bandwidth_tbs * 1e12, setting.training.activation_checkpointing
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]  # of a layer's matmuls, a second time
+    bandwidth, mode = STREAM * device.bandwidth_tbs * 1e12, setting.training.activation_checkpointing.kind
+    again = {"selective": 0.5, "full": 1.0, "budget": 0.5}.get(mode, 0.0)  # of a layer's matmuls, a second time
     matmul = attention = traffic = 0.0
     sent = {"tensor": 0.0, "context": 0.0, "expert": 0.0}
     counts = dict.fromkeys(sent, 0.0)

@@ -13,12 +13,14 @@ from treadle.memory.plan import GIB, TIGHT, Plan
 from treadle.memory.predict import check, plan_of
 from treadle.memory.roofline import step_time
 from treadle.nn.moe import MoEConfig
+from treadle.parallel.activation_checkpointing import CheckpointingConfig, FullConfig, NoneConfig, SelectiveConfig
 from treadle.parallel.config import ZERO_BUBBLE, ParallelConfig
 from treadle.parallel.fits import misfit
 from treadle.train.config import TrainingConfig
 
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv")
 ROWS = (1, 2, 4, 8)  # of a micro-batch
+MODES: tuple[CheckpointingConfig, ...] = (NoneConfig(), SelectiveConfig(), FullConfig())
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def search(setting: Setting, count: int = 10) -> list[Found]:
 
 def changed(setting: Setting, changes: dict[str, dict[str, Any]]) -> Setting:
     """The same recipe with other values of some keys. Raises ValueError where one is impossible by itself."""
-    training = TrainingConfig.model_validate(setting.training.model_dump() | changes.get("training", {}))
-    parallel = ParallelConfig.model_validate(setting.parallel.model_dump() | changes.get("parallel", {}))
+    training = TrainingConfig.model_validate(dict(setting.training) | changes.get("training", {}))
+    parallel = ParallelConfig.model_validate(dict(setting.parallel) | changes.get("parallel", {}))
     return replace(setting, training=training, parallel=parallel)
 
 
@@ -95,9 +97,7 @@ def _ways(setting: Setting) -> Iterator[tuple[Setting, dict[str, Any]]]:
                 continue
             if shard * context % expert or any(number % expert for number in experts):
                 continue
-            for schedule, at_a_time, mode in product(
-                SCHEDULES if pipeline > 1 else ("1f1b",), ROWS, ("none", "selective", "full")
-            ):
+            for schedule, at_a_time, mode in product(SCHEDULES if pipeline > 1 else ("1f1b",), ROWS, MODES):
                 if rows % at_a_time or (pipeline > 1 and rows // at_a_time < pipeline):
                     continue
                 if schedule in ZERO_BUBBLE and (tensor > 1 or expert > 1):
@@ -123,4 +123,6 @@ def _powers(most: int) -> list[int]:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, CheckpointingConfig):
+        return str(getattr(value, "kind", ""))
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

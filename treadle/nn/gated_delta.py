@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from treadle.attention import AttentionContext
+from treadle.attention import AttentionContext, over_rows
 from treadle.config.base import key_error
 from treadle.kernels.gated_delta_rule import gated_delta_rule
 from treadle.nn.config import MixerConfig, NormConfig
@@ -116,6 +116,9 @@ class GatedDelta(nn.Module):
         return dt + (-torch.expm1(-dt)).log()  # softplus of it is dt
 
     def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
+        return over_rows(self._sequences, x_BSD, context)
+
+    def _sequences(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
         positions_BS, cache = context.positions_BS, context.cache
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
         qkv_BSE, z_BSU = self.qkvz(x_BSD).split((self.channels, self._sizes()[-1]), dim=-1)

@@ -97,7 +97,7 @@ class LatentAttention(nn.Module):
         latent_BTC, key_BTR = self.kv_norm(latent_BSC), key_BS1R[:, :, 0]
         if context.cache is not None:
             (kept_BTM,) = context.cache.append(torch.cat((latent_BTC, key_BTR), dim=-1))
-            if self.absorbing_is_cheaper(x_BSD.shape[1], kept_BTM.shape[1]):
+            if context.cache.in_pages or self.absorbing_is_cheaper(x_BSD.shape[1], kept_BTM.shape[1]):
                 return self.out(self.absorbed(q_BSHN, q_BSHR, kept_BTM, context).flatten(-2))
             latent_BTC, key_BTR = kept_BTM.split((self.kv_rank, self.rope_dim), dim=-1)
         context, (latent_BTC, key_BTR) = gathered(context, latent_BTC, key_BTR)  # smaller than keys and values

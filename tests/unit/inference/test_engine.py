@@ -1,0 +1,151 @@
+"""The engine under any traffic: every request ends, says what it would say alone, and no page is lost."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import treadle
+from treadle.errors import ConfigError
+from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.generate import stream
+from treadle.inference.request import Request, Sampling, Status
+from treadle.nn.transformer import Transformer
+
+VOCABULARY = 61
+GATED = {"kind": "gated", "dim": 32}
+ATTENTION = {"kind": "attention", "heads": 4, "kv_heads": 2}
+MIXERS: dict[str, list[dict[str, Any]]] = {
+    "attention": [ATTENTION, ATTENTION],
+    "windows": [{**ATTENTION, "window": 6}, ATTENTION, {**ATTENTION, "window": 11}],
+    "recurrent": [{"kind": "gated_delta", "heads": 2, "head_dim": 8}, ATTENTION],
+    "latent": [{"kind": "latent_attention", "heads": 2, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}],
+}
+
+
+def tiny(name: str) -> Transformer:
+    layers = [{"kind": "pre_norm", "mixer": mixer, "feedforward": GATED} for mixer in MIXERS[name]]
+    model = treadle.build({"dim": 16, "vocab_size": VOCABULARY, "max_length": 96, "layers": layers}, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # so that texts differ
+    return model
+
+
+MODELS = {name: tiny(name) for name in MIXERS}
+
+
+def alone(model: Transformer, prompt: list[int], tokens: int) -> list[int]:
+    return [token for (token,) in stream(model, prompt, max_new_tokens=tokens, temperature=0)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    seed=st.integers(0, 10_000),
+    slots=st.integers(1, 5),
+    budget=st.integers(1, 40),
+    page=st.sampled_from([1, 3, 8]),
+    cache=st.integers(80, 200),
+    policy=st.sampled_from(["throughput", "latency"]),
+    ahead=st.booleans(),
+)
+def test_whatever_arrives_and_leaves(
+    name: str, seed: int, slots: int, budget: int, page: int, cache: int, policy: Any, ahead: bool
+) -> None:
+    model, draw = MODELS[name], random.Random(seed)
+    config = EngineConfig(slots=slots, budget=budget, page=page, cache_tokens=cache, policy=policy, ahead=ahead)
+    engine = Engine(model, config)
+    beginning = [draw.randrange(VOCABULARY) for _ in range(20)]
+    plans = []
+    for _ in range(8):
+        own = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 20))]
+        plans.append((beginning[: draw.choice([0, 7, 20])] + own, draw.randint(1, 15)))
+    requests: list[Request] = []
+    steps = 0
+    while len(requests) < len(plans) or engine.busy:
+        while len(requests) < len(plans) and draw.random() < 0.5:
+            prompt, tokens = plans[len(requests)]
+            requests.append(engine.add(prompt, Sampling(max_tokens=tokens, temperature=0)))
+        if requests and draw.random() < 0.05:
+            engine.abort(draw.choice(requests))
+        engine.step()
+        steps += 1
+        assert steps < 5000, "it does not come to an end"
+    for (prompt, tokens), request in zip(plans, requests, strict=True):
+        expected = alone(model, prompt, tokens)
+        assert request.status is Status.FINISHED
+        assert request.finish in ("length", "abort")
+        assert request.outputs == expected[: len(request.outputs)]
+        assert request.finish == "abort" or len(request.outputs) == tokens
+    assert all(pool.free == pool.count for pool in engine.tables.pools)
+    assert sorted(engine.scheduler._slots) == list(range(slots))
+
+
+def test_a_request_that_can_never_run_is_refused() -> None:
+    engine = Engine(MODELS["attention"], EngineConfig(cache_tokens=32, page=8, slots=2))
+    with pytest.raises(ConfigError, match="no token"):
+        engine.add([])
+    with pytest.raises(ConfigError, match=f"token 70 is not in the vocabulary of {VOCABULARY}"):
+        engine.add([3, 70])
+    with pytest.raises(ConfigError, match="max_length=96"):
+        engine.add([1] * 90, Sampling(max_tokens=7))
+    with pytest.raises(ConfigError, match="raise cache_tokens"):
+        engine.add([1] * 30, Sampling(max_tokens=7))
+    assert not engine.busy
+
+
+def test_pages_are_preempted_and_prompts_do_not_starve_others() -> None:
+    model = MODELS["attention"]
+    engine = Engine(model, EngineConfig(slots=8, budget=16, page=4, cache_tokens=64))
+    prompts = [[i + 1] * 12 for i in range(8)]
+    done = engine.generate(prompts, Sampling(max_tokens=20, temperature=0))
+    assert engine.scheduler.preemptions > 0
+    assert [request.outputs for request in done] == [alone(model, prompt, 20) for prompt in prompts]
+
+    engine = Engine(model, EngineConfig(slots=64, budget=8, page=4, cache_tokens=2000))
+    first = engine.add([1, 2, 3], Sampling(max_tokens=10, temperature=0))
+    for step in range(400):  # a prompt arrives at every step, and none may keep the first from its tokens
+        engine.add([step % VOCABULARY] * 8, Sampling(max_tokens=1))
+        engine.step()
+        if first.status is Status.FINISHED:
+            break
+    assert first.outputs == alone(model, [1, 2, 3], 10)
+
+
+def test_scores_are_those_of_the_whole_text_however_it_is_cut() -> None:
+    model = MODELS["windows"]
+    texts = [[(7 * i + k) % VOCABULARY for i in range(40 + k)] for k in range(3)]
+    engine = Engine(model, EngineConfig(budget=13, page=4, slots=2, cache_tokens=90))
+    engine.generate(texts, Sampling(max_tokens=3, temperature=0))  # so that beginnings are known
+    for text, scores in zip(texts, engine.score(texts), strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([text]))[0, :-1].log_softmax(-1)
+        assert scores == pytest.approx(expected.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist(), abs=1e-5)
+
+
+def test_other_weights_give_other_texts_and_sleep_gives_memory_back() -> None:
+    model, other = tiny("attention"), MODELS["windows"]
+    engine = Engine(model, EngineConfig(page=4, slots=2, cache_tokens=90))
+    prompt, greedy = list(range(12)), Sampling(max_tokens=5, temperature=0)
+    assert engine.generate([prompt], greedy)[0].outputs == alone(model, prompt, 5)
+    changed = {name: torch.randn_like(p) for name, p in model.named_parameters() if "qkv" in name}
+    request = engine.add(prompt, greedy)
+    with pytest.raises(ValueError, match="requests are running"):
+        engine.update_weights(changed)
+    engine.abort(request)
+    while engine.busy:
+        engine.step()
+    engine.update_weights(changed)
+    engine.sleep()
+    assert not engine.runner.storage.layers
+    engine.wake()
+    (done,) = engine.generate([prompt], greedy)
+    assert done.cached == 0
+    assert done.outputs == alone(model, prompt, 5)
+    with pytest.raises(ValueError, match=r"no weights layers\.2"):
+        engine.update_weights(dict(other.named_parameters()))

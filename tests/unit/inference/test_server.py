@@ -1,0 +1,242 @@
+"""The server as its clients see it: OpenAI's own client, raw bodies, clients that go away, an engine that dies."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import psutil
+import pytest
+import torch
+
+import treadle
+from treadle.data.tokenizer import BytesTokenizerConfig
+from treadle.inference.generate import stream
+from treadle.nn.store import save_model
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if tools %}T{{ tools | length }}{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TOKENIZER = BytesTokenizerConfig().build()
+KEY = "secret"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("served") / "tiny"
+    mixer = {"kind": "attention", "heads": 2}
+    layers = [{"kind": "pre_norm", "repeat": 2, "mixer": mixer, "feedforward": {"kind": "gated", "dim": 32}}]
+    model = treadle.build({"dim": 16, "vocab_size": 320, "max_length": 128, "layers": layers}, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    save_model(model, where)
+    TOKENIZER.save(where / "tokenizer")
+    (where / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    return where
+
+
+class Server:
+    def __init__(self, folder: Path, *options: str):
+        command = [sys.executable, "-m", "treadle", "serve", str(folder), "--port", "0", "--device", "cpu", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        said = ""
+        for line in self.process.stdout:
+            said += line
+            if found := re.search(r"serving (\S+) at (\S+)/v1", line):
+                self.name, self.address = found[1], found[2]
+                return
+        raise AssertionError(said)
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.address, headers={"authorization": f"Bearer {KEY}"}, timeout=60, **options)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    started = Server(folder, "cache_tokens=2048", "page=8", "slots=16", "--api-key", KEY, "--name", "tiny")
+    yield started
+    started.process.terminate()
+    assert started.process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return treadle.load(folder, device="cpu")[0]
+
+
+def greedy(model: Any, prompt: str, tokens: int) -> str:
+    ids = [*TOKENIZER.encode(prompt)]
+    found = [token for (token,) in stream(model, ids, max_new_tokens=tokens, temperature=0)]
+    if TOKENIZER.eos_id in found:
+        found = found[: found.index(TOKENIZER.eos_id)]
+    return TOKENIZER.decode(found).rstrip("\ufffd")
+
+
+def test_a_completion_is_the_models_own_text(client: openai.OpenAI, model: Any) -> None:
+    done = client.completions.create(model="tiny", prompt="hello", max_tokens=12, temperature=0)
+    assert done.choices[0].text.rstrip("\ufffd") == greedy(model, "hello", 12)
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 12)
+    assert done.choices[0].finish_reason == "length"
+    both = client.completions.create(model="tiny", prompt=["hello", "there"], max_tokens=6, temperature=0)
+    assert [choice.index for choice in both.choices] == [0, 1]
+
+
+def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "once", "max_tokens": 20, "seed": 3, "temperature": 1.5}
+    whole = client.completions.create(**asked).choices[0]
+    pieces = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(piece.choices[0].text for piece in pieces[:-1]) == whole.text
+    assert pieces[-2].choices[0].finish_reason == whole.finish_reason
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.completion_tokens > 0
+    several = client.completions.create(**asked, n=3)
+    assert several.choices[0].text == whole.text
+    assert len({choice.text for choice in several.choices}) > 1
+
+
+def test_echo_gives_the_log_probabilities_of_the_prompt(client: openai.OpenAI, model: Any) -> None:
+    """As lm-evaluation-harness asks for them."""
+    done = client.completions.create(model="tiny", prompt="abcde", max_tokens=0, echo=True, logprobs=1, temperature=0)
+    ids = TOKENIZER.encode("abcde")
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+    found = done.choices[0].logprobs
+    assert done.choices[0].text == "abcde"
+    assert found is not None
+    assert found.token_logprobs is not None
+    assert found.tokens == list("abcde")
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1:] == pytest.approx([expected[i, ids[i + 1]].item() for i in range(4)], abs=1e-4)
+    assert list((found.top_logprobs or [])[1].values()) == pytest.approx([expected[0].max().item()], abs=1e-4)
+
+
+def test_a_chat_goes_through_the_template(client: openai.OpenAI, model: Any) -> None:
+    messages: Any = [{"role": "user", "content": "hi"}]
+    done = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+    )
+    assert (done.choices[0].message.content or "").rstrip("\ufffd") == greedy(model, "[user]hi[assistant]", 8)
+    content = done.choices[0].logprobs.content if done.choices[0].logprobs else None
+    assert content
+    assert len(content) == 8
+    assert len(content[0].top_logprobs) == 2
+    assert content[0].logprob == content[0].top_logprobs[0].logprob
+    pieces = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0, stream=True)
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert text == done.choices[0].message.content
+    tool: Any = [{"type": "function", "function": {"name": "f"}}]
+    with_tools = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1, tools=tool)
+    assert with_tools.usage is not None
+    assert done.usage is not None
+    assert with_tools.usage.prompt_tokens == done.usage.prompt_tokens + len("T1")
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "stop", "max_tokens": 40, "seed": 5}
+    whole = client.completions.create(**asked).choices[0].text
+    stop = whole[4:6]
+    cut = client.completions.create(**asked, stop=[stop]).choices[0]
+    assert cut.text == whole[: whole.find(stop)]
+    assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("completions", {"prompt": "a", "max_token": 3}, 400, "max_token: not known here. Did you mean 'max_tokens'?"),
+        ("completions", {"prompt": "a", "temperature": 5}, 400, "temperature: Input should be less than"),
+        ("completions", {"prompt": "a", "max_tokens": 1000}, 400, "max_length=128"),
+        ("completions", {"prompt": [5000]}, 400, "token 5000 is not in the vocabulary of 320"),
+        ("completions", {"prompt": []}, 400, "prompt: the list is empty"),
+        ("completions", {"prompt": "a", "model": "other"}, 404, "'other' is not here; this server has 'tiny'"),
+        ("completions", {"max_tokens": 3}, 400, "prompt: Field required"),
+        ("chat/completions", {"messages": []}, 400, "messages: List should have at least 1 item"),
+        ("chat/completions", {"messages": [{"role": "tool"}]}, 400, "the chat template refuses them: no tools"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 200}]}, 400, "leave no room"),
+    ],
+)
+def test_a_bad_body_says_what_is_wrong(server: Server, path: str, body: Any, status: int, said: str) -> None:
+    with server.client() as client:
+        answer = client.post(f"/v1/{path}", json=body)
+        assert answer.status_code == status, answer.text
+        assert said in answer.json()["error"]["message"]
+        assert client.post(f"/v1/{path}", json={**body, "stream": True}).status_code == status
+
+
+def test_the_key_is_asked_for_and_broken_json_is_no_crash(server: Server) -> None:
+    with server.client() as client:
+        assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        broken = client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+        assert broken.status_code == 400
+        assert client.get("/health").json() == {"status": "ok"}
+
+
+def idle(client: httpx.Client) -> bool:
+    found = dict(line.split(" ") for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    return float(found["treadle_engine_running"]) == float(found["treadle_engine_waiting"]) == 0
+
+
+def test_many_clients_of_which_some_go_away_leave_nothing_behind(server: Server) -> None:
+    async def one(client: httpx.AsyncClient, number: int) -> str:
+        body = {"prompt": f"number {number}", "max_tokens": 24, "stream": number % 2 == 0, "seed": number}
+        try:
+            patience = 0.05 if number % 3 == 0 else 60
+            answer = await client.post("/v1/completions", json=body, timeout=patience)
+            return str(answer.status_code)
+        except httpx.TimeoutException:
+            return "gone"
+
+    async def everybody() -> list[str]:
+        limits = httpx.Limits(max_connections=200)
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=server.address, headers=headers, limits=limits) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(150)))
+
+    found = asyncio.run(everybody())
+    assert found.count("200") >= 100
+    assert found.count("gone") > 0
+    with server.client() as client:
+        deadline = time.time() + 20
+        while not idle(client) and time.time() < deadline:
+            time.sleep(0.2)
+        assert idle(client)
+
+
+def test_an_engine_that_dies_is_said_to_be_dead(folder: Path) -> None:
+    server = Server(folder, "cache_tokens=2048", "page=8")
+    try:
+        (engine,) = [p for p in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        with httpx.Client(base_url=server.address, timeout=60) as client:
+            with client.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 100, "stream": True}) as s:
+                lines = s.iter_lines()
+                next(lines)
+                engine.send_signal(signal.SIGKILL)
+                rest = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            assert "engine's process ended with code -9" in rest[-1]["error"]["message"]
+            assert client.get("/health").status_code == 503
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+    finally:
+        server.process.terminate()
+        server.process.wait(60)

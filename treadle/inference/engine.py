@@ -1,0 +1,182 @@
+"""The engine: any number of requests in, tokens out, the same model that trains inside.
+
+Each step the scheduler says who computes what, the runner launches it, and while the device works the host looks at
+what the step before has drawn. So a request that ends at an end-of-text token computes one token too many, unseen.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from treadle.config import Config
+from treadle.errors import ConfigError
+from treadle.inference.request import FinishReason, Request, Sampling, Status
+from treadle.inference.runner import Launched, Runner, Storage, is_recurrent, windows_of
+from treadle.inference.scheduler import Policy, Scheduler
+from treadle.inference.tables import Tables
+from treadle.nn.flops import cache_elements, state_elements
+from treadle.nn.transformer import Transformer
+
+WORKSPACE = 2 << 30  # bytes for activations, scores and graphs
+
+
+class EngineConfig(Config):
+    """How much an engine does at a time."""
+
+    slots: PositiveInt = Field(256, description="requests that run at the same time")
+    budget: PositiveInt = Field(8192, description="tokens in a step, prompts included")
+    page: PositiveInt = Field(64, description="tokens in a page of the cache")
+    cache_tokens: PositiveInt | None = Field(None, description="tokens in the cache; null: as memory allows")
+    memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that weights and cache may take")
+    policy: Policy = Field("throughput", description="throughput: prompts first; latency: both in each step")
+    ahead: bool = Field(True, description="launch a step before the one before has been read")
+    reuse: bool = Field(True, description="compute equal beginnings of prompts once")
+    max_length: PositiveInt | None = Field(None, description="tokens of a request; null: the model's max_length")
+    backend: str = Field("auto", description="of attention")
+
+
+class Engine:
+    """Serves one model. Not thread-safe: one thread calls it."""
+
+    def __init__(self, model: Transformer, config: EngineConfig | None = None, *, eos: int | None = None):
+        """eos: the token that ends a text."""
+        self.model, self.config, self.eos = model.eval(), config or EngineConfig(), eos
+        c = self.config
+        self.max_length = min(c.max_length or model.config.max_length, model.config.max_length)
+        windows = windows_of(model)
+        counts = self._page_counts(windows)
+        self.tables = Tables(windows, counts, c.page, reuse=c.reuse and not is_recurrent(model))
+        self.scheduler = Scheduler(self.tables, slots=c.slots, budget=c.budget, policy=c.policy)
+        self.runner = Runner(model, self.tables, Storage(model, windows, counts, c.page, c.slots), c.slots, c.backend)
+        self._launched: Launched | None = None
+
+    def _page_counts(self, windows: Sequence[int | None]) -> list[int]:
+        """Pages of each kind: of as many tokens as are asked for, or as fit the memory that the model leaves."""
+        c, model = self.config, self.model
+        tokens = c.cache_tokens
+        if tokens is None and model.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(model.device)
+            room = free - (1 - c.memory) * total - WORKSPACE
+            each = cache_elements(model) * torch.empty((), dtype=model.dtype).element_size()
+            states = (c.slots + 1) * state_elements(model) * 4
+            tokens = int((room - states) // each) if each else c.slots * self.max_length
+            if tokens < self.max_length:
+                raise ConfigError(
+                    f"memory: {c.memory} leaves room for {max(tokens, 0)} tokens of cache, less than one request of "
+                    f"max_length={self.max_length}; raise it, or lower max_length"
+                )
+        tokens = min(tokens or c.slots * min(self.max_length, 1024), c.slots * self.max_length)
+        return [-(-tokens // c.page) for _ in windows]
+
+    def add(self, prompt: Sequence[int], sampling: Sampling | None = None, extra: object = None) -> Request:
+        """Queue a request. Raises ConfigError for one that can never run."""
+        sampling = sampling or Sampling()
+        eos = () if self.eos is None or sampling.ignore_eos else (self.eos,)
+        request = Request(list(prompt), sampling, ends=frozenset({*sampling.stop_tokens, *eos}), extra=extra)
+        if not request.prompt:
+            raise ConfigError("prompt: it has no token; begin with the end-of-text token to sample from nothing")
+        vocabulary = self.model.config.vocab_size or 0
+        if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
+            wrong = next(token for token in request.prompt if not 0 <= token < vocabulary)
+            raise ConfigError(f"prompt: token {wrong} is not in the vocabulary of {vocabulary}")
+        length = len(request.prompt) + request.sampling.max_tokens
+        if length > self.max_length:
+            raise ConfigError(
+                f"max_tokens: {len(request.prompt)} tokens of the prompt and {sampling.max_tokens} new ones are more "
+                f"than the engine's max_length={self.max_length}; lower max_tokens or shorten the prompt"
+            )
+        if not self.tables.fits(length, min(length, self.config.budget)):
+            raise ConfigError(
+                f"max_tokens: {length} tokens do not fit the cache; raise cache_tokens, or lower max_tokens"
+            )
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """End a request now, whatever it is doing. Ended ones are left alone."""
+        if request.status is not Status.FINISHED:
+            self._finish(request, "abort")
+
+    def score(self, texts: Iterable[Sequence[int]]) -> list[list[float]]:
+        """The log probability of each token but the first, given those before it, in nats."""
+        asked = Sampling(max_tokens=1, temperature=0, prompt_logprobs=True)
+        return [[each.logprob for each in done.prompt_logprobs] for done in self.generate(texts, asked)]
+
+    def update_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take other weights, by the model's names, in place; some of them will do. What was computed is forgotten.
+
+        Raises ValueError while requests run, whose beginnings are those of the old weights.
+        """
+        if self.busy:
+            raise ValueError("requests are running: let them end, or abort them, before the weights change")
+        own = dict(self.model.named_parameters())
+        if unknown := sorted(set(weights) - set(own)):
+            raise ValueError(f"the model has no weights {', '.join(unknown[:3])}")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+        self.tables.forget()
+
+    def sleep(self) -> None:
+        """Give the cache's memory back, between requests. `wake` before the next one."""
+        if self.busy:
+            raise ValueError("requests are running: let them end, or abort them, before the engine sleeps")
+        self.runner.storage.free()
+        self.tables.forget()
+
+    def wake(self) -> None:
+        self.runner.storage.allocate()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._launched or self.scheduler.waiting or self.scheduler.running)
+
+    def step(self) -> list[tuple[Request, int]]:
+        """Launch the next step and read the one before.  -> (request, its new token), of those that still run"""
+        before, self._launched = self._launched, None
+        if before is not None and not self.config.ahead:
+            return self._read(before)
+        work = self.scheduler.schedule()
+        self._launched = self.runner.launch(work) if work else None
+        return [] if before is None else self._read(before)
+
+    def generate(self, prompts: Iterable[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> list[Request]:
+        """All prompts to their ends, in their order. sampling: one for all, or one each."""
+        prompts = list(prompts)
+        each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        requests = [self.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        while any(request.status is not Status.FINISHED for request in requests):
+            self.step()
+        return requests
+
+    def _read(self, launched: Launched) -> list[tuple[Request, int]]:
+        launched.arrived()
+        for request, begin, sampled in launched.prompts:
+            # After a preemption what is known already comes again.
+            rows = range(max(0, len(request.prompt_logprobs) - begin), len(sampled.tokens_R))
+            request.prompt_logprobs += [sampled.token(row, request.sampling.logprobs) for row in rows]
+        new = []
+        for row, (request, token) in enumerate(zip(launched.requests, launched.sampled.tokens_R.tolist(), strict=True)):
+            request.in_flight -= 1
+            if request.status is Status.FINISHED:
+                continue
+            request.outputs.append(token)
+            if request.sampling.logprobs is not None:
+                request.logprobs.append(launched.sampled.token(row, request.sampling.logprobs))
+            new.append((request, token))
+            if (reason := self._ended(request, token)) is not None:
+                self._finish(request, reason)
+        return new
+
+    def _ended(self, request: Request, token: int) -> FinishReason | None:
+        sampling = request.sampling
+        if token in request.ends:  # not before `min_tokens`, see the sampler
+            return "stop"
+        return "length" if len(request.outputs) >= sampling.max_tokens else None
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish = reason
+        self.scheduler.finish(request)

@@ -1,0 +1,140 @@
+"""OpenAI's completions API as data: what a body may say, and what is answered."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from treadle.config.base import nearest
+from treadle.data.tokenizer import Tokenizer
+from treadle.errors import ConfigError
+from treadle.inference.request import Logprob, Sampling
+
+
+class Body(BaseModel):
+    """What both kinds of requests share. Keys that are not here are refused; those marked so are unused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    user: str | None = None  # unused
+    metadata: dict[str, Any] | None = None  # unused
+    # Not OpenAI's, but common.
+    top_k: int | None = Field(None, ge=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    min_tokens: int = Field(0, ge=0)
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def usage_wanted(self) -> bool:
+        return bool((self.stream_options or {}).get("include_usage"))
+
+    def sampling(self, index: int, *, max_tokens: int, logprobs: int | None, prompt_logprobs: bool = False) -> Sampling:
+        """Of the choice with this index: each draws for itself."""
+        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        values: dict[str, Any] = {name: getattr(self, name) for name in (*same, "min_tokens", "ignore_eos")}
+        values |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        values |= {"logit_bias": self.logit_bias or {}, "stop_tokens": tuple(self.stop_token_ids)}
+        return Sampling(**values, seed=None if self.seed is None else self.seed + index)
+
+
+class CompletionBody(Body):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=128)
+
+    def prompts(self, tokenizer: Tokenizer | None) -> list[list[int]]:
+        """The prompts as token ids. Raises ConfigError for none, and for text where there is no tokenizer."""
+        given: Any = self.prompt
+        if given == []:
+            raise ConfigError("prompt: the list is empty; give a text, token ids, or a list of such")
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = [given]
+        return [encode(tokenizer, each) if isinstance(each, str) else list(each) for each in given]
+
+
+class ChatBody(Body):
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+
+def encode(tokenizer: Tokenizer | None, text: str) -> list[int]:
+    if tokenizer is None:
+        raise ConfigError("prompt: the model has no tokenizer; give token ids")
+    return [*tokenizer.opening, *tokenizer.encode(text)] or [tokenizer.eos_id]
+
+
+def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
+    """(key, message) of the first thing that pydantic found wrong."""
+    first = errors[0]
+    path = [str(part) for part in first["loc"] if part not in ("body",)]
+    key = ".".join(path) or "body"
+    if first["type"] == "extra_forbidden":
+        return key, f"{key}: not known here.{nearest(path[0], body.model_fields)}"
+    given = "" if first["type"] in ("missing", "json_invalid") else f" (got {str(first.get('input'))[:80]!r})"
+    return key, f"{key}: {first['msg']}{given}"
+
+
+def bytes_of(tokenizer: Tokenizer | None, token: int) -> bytes:
+    """A token's text; nothing where it has none, as those that only fill up a model's vocabulary."""
+    return b"" if tokenizer is None or token >= tokenizer.vocab_size else tokenizer.token(token)
+
+
+def text_of(tokenizer: Tokenizer | None, token: int) -> str:
+    return bytes_of(tokenizer, token).decode(errors="replace") or f"token_id:{token}"
+
+
+def completion_logprobs(tokenizer: Tokenizer | None, found: Sequence[Logprob | None], tokens: Sequence[int]) -> Any:
+    """Of a completion: lists of the same length. found: None for a prompt's first token."""
+    names, offset = [text_of(tokenizer, token) for token in tokens], 0
+    offsets = []
+    for name in names:
+        offsets.append(offset)
+        offset += len(name)
+    return {
+        "tokens": names,
+        "token_logprobs": [None if each is None else each.logprob for each in found],
+        "top_logprobs": [
+            None if each is None else {text_of(tokenizer, token): value for token, value in each.top.items()}
+            for each in found
+        ],
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(tokenizer: Tokenizer | None, found: Sequence[Logprob]) -> Any:
+    """Of a chat's answer: an entry for each token."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": text_of(tokenizer, token), "logprob": logprob, "bytes": list(bytes_of(tokenizer, token))}
+
+    return {
+        "content": [
+            {**entry(each.token, each.logprob), "top_logprobs": [entry(*pair) for pair in each.top.items()]}
+            for each in found
+        ]
+    }
