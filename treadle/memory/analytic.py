@@ -182,7 +182,9 @@ class Rank:
         moments = []
         loss, after = self._loss()
         if self.last:
-            moments.append(replace(base, activations=activations + ends, loss=loss))
+            # The last layer's weights are freed by then, where they are freed at all.
+            there = setting.width * self.root if setting.sharded and setting.freed else gathered
+            moments.append(replace(base, activations=activations + ends, loss=loss, communication=there + buffers))
         left, made = activations + ends, after if n == 1 else 0.0
         reducing = self._reducing()
         for unit, (_, facts), size, cast in reversed(list(zip(self.units, self.layers, kept, casts, strict=True))):
