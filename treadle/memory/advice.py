@@ -33,9 +33,8 @@ def cheapest(setting: Setting, count: int = 3) -> list[Found]:
 def _singles(setting: Setting) -> Iterator[Changes]:
     """Changes of one idea each that can save memory."""
     training, layout = setting.training, setting.layout
-    kinds = [mode.kind for mode in MODES]
-    now = training.activation_checkpointing.kind
-    for mode in MODES[kinds.index(now) + 1 if now in kinds else 1 :]:
+    now = training.activation_checkpointing
+    for mode in MODES[MODES.index(now) + 1 if now in MODES else 1 :]:
         yield {"training": {"activation_checkpointing": mode}}
     rows = setting.rows
     for fewer in (rows // 2, rows // 4, 1):

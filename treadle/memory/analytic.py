@@ -189,7 +189,7 @@ class Rank:
         reducing = self._reducing()
         for unit, (_, facts), size, cast in reversed(list(zip(self.units, self.layers, kept, casts, strict=True))):
             working = facts.working * T
-            if training.activation_checkpointing.kind != "none":
+            if mode_of(training) != "none":
                 working += facts.kept * T - size * T + (0.0 if setting.sharded else facts.weights)
             communication = base.communication + (reducing if setting.sharded else 0.0)
             moments.append(
@@ -224,8 +224,9 @@ class Rank:
     def _kept(self) -> tuple[list[float], list[float]]:
         """Per token and layer what is kept for the backward; and per layer the matrices that are."""
         how = self.setting.training.activation_checkpointing
-        name = {"selective": "selected", "full": "input"}.get(how.kind, "kept")
-        casts = [facts.weights if how.kind == "none" else 0.0 for _, facts in self.layers]
+        mode = mode_of(self.setting.training)
+        name = {"selective": "selected", "full": "input"}.get(mode, "kept")
+        casts = [facts.weights if mode == "none" else 0.0 for _, facts in self.layers]
         if offloads(how):  # two layers' at a time
             last = len(self.layers) - 2
             return [getattr(facts, name) * (i >= last) for i, (_, facts) in enumerate(self.layers)], casts
@@ -291,3 +292,9 @@ def bubble(config: ParallelConfig, processes: int, number: int) -> float:
         return (processes - 1) / each
     few = config.schedule in V_SHAPED and number < 2 * processes
     return (processes - 1) / (each * 3) * (2 if few else 1)
+
+
+def mode_of(training: TrainingConfig) -> str:
+    """How activations are kept, by name."""
+    how: Any = training.activation_checkpointing
+    return str(how.kind)

@@ -7,7 +7,7 @@ which matmuls need at once, and rows that travel to experts are waited for.
 
 import math
 
-from treadle.memory.analytic import MASTER, Rank, Setting, bubble
+from treadle.memory.analytic import MASTER, Rank, Setting, bubble, mode_of
 from treadle.memory.plan import StepTime
 from treadle.train.optimizers import MuonConfig
 
@@ -36,7 +36,7 @@ def training_flops(setting: Setting) -> float:
 def _rank_time(rank: Rank) -> StepTime:
     setting = rank.setting
     device, layout, n, T = setting.device, setting.layout, setting.micro_batches, setting.tokens
-    bandwidth, mode = STREAM * device.bandwidth_tbs * 1e12, setting.training.activation_checkpointing.kind
+    bandwidth, mode = STREAM * device.bandwidth_tbs * 1e12, mode_of(setting.training)
     again = {"selective": 0.5, "full": 1.0, "budget": 0.5}.get(mode, 0.0)  # of a layer's matmuls, a second time
     matmul = attention = traffic = 0.0
     sent = {"tensor": 0.0, "context": 0.0, "expert": 0.0}
