@@ -6,6 +6,7 @@ optimizer's step. Whichever is largest is the answer.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
