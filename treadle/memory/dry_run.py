@@ -121,7 +121,8 @@ def dry_run(config: SessionConfig | DryRunConfig, world: int, *, device: str = "
     layout = check_layout(*arguments, rows=training.rows)
     plain = {name: value for name, value in to_dict(config).items() if name in DryRunConfig.model_fields}
     # A process for each: of a process group only one can ever be faked in a process.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # importing takes as long as a simulation
     ranks = range(layout.pipeline)
     options: dict[str, Any] = {"mp_context": context, "max_tasks_per_child": 1}
     with ProcessPoolExecutor(min(AT_A_TIME, layout.pipeline), **options) as pool:
