@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from treadle.attention import AttentionContext
 from treadle.config import to_dict
 from treadle.data.packing import Batch
-from treadle.memory.dry_run import DryRunConfig, plan_rank
+from treadle.errors import ConfigError
+from treadle.memory.dry_run import DryRunConfig, dry_run, plan_rank
 from treadle.memory.live import local
 from treadle.parallel.gradients import clip_gradients, gradient_norm
 from treadle.parallel.pipeline import own_parameters
@@ -115,3 +116,39 @@ def planned_deep(extrapolate: bool) -> Any:
     config = config_of("dense", {}, {"micro_batch_size": 1})
     deep = spec([layer(ATTENTION, {"kind": "gated", "dim": 384}, repeat=12)], dim=128, vocab_size=1024, max_length=256)
     return plan_rank(config.model_copy(update={"model": deep}), 2, device="cpu", extrapolate=extrapolate)
+
+
+def test_ranks_between_two_alike_follow_from_them() -> None:
+    sizes = {"pipeline": 6, "stage_layers": [2] * 6}
+    config = config_of("dense", sizes, {"micro_batch_size": 1})
+    deep = spec([layer(ATTENTION, {"kind": "gated", "dim": 384}, repeat=12)], dim=128, vocab_size=1024, max_length=256)
+    config = config.model_copy(update={"model": deep})
+    plans = dry_run(config, 6, device="cpu")
+    (real,) = run(plan_rank_of, 1, config, 6, 2)
+    assert [plan.pipeline_rank for plan in plans] == list(range(6))
+    assert plans[2].footprint.total == pytest.approx(real.footprint.total, rel=1e-6)
+    assert plans[2].flops == pytest.approx(real.flops)
+    assert dict(plans[2].modules) == pytest.approx(dict(real.modules))
+
+
+def plan_rank_of(config: DryRunConfig, world: int, rank: int) -> Any:
+    return plan_rank(config, world, rank, device="cpu", extrapolate=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"activation_checkpointing": {"kind": "offload"}}, "training.activation_checkpointing"),
+        ({"batch_size": 3}, "training.batch_size"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        dry_run(config_of("dense", {}, changes), 2)
+
+
+def test_a_model_without_vocabulary_is_refused() -> None:
+    config = config_of("dense", {}, {})
+    open_ended = config.model.model_copy(update={"vocab_size": None})
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
+        dry_run(config.model_copy(update={"model": open_ended}), 2)

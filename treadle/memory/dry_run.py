@@ -80,6 +80,19 @@ class RankPlan:
     flops: float
     communication: dict[str, dict[str, float]]
 
+    def towards(self, other: "RankPlan", rank: int) -> "RankPlan":
+        """That of a rank between this and another, of which all is linear in the rank."""
+        share = (rank - self.pipeline_rank) / (other.pipeline_rank - self.pipeline_rank)
+
+        def between(a: Any, b: Any) -> Any:
+            if isinstance(a, dict):
+                return {key: between(value, b.get(key, 0.0)) for key, value in a.items()}
+            return a + share * (b - a)
+
+        footprint = Footprint(**between(dict(self.footprint), dict(other.footprint)))
+        modules, sent = between(self.modules, other.modules), between(self.communication, other.communication)
+        return RankPlan(rank, footprint, modules, self.moment, between(self.flops, other.flops), sent)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -123,10 +136,37 @@ def dry_run(config: SessionConfig | DryRunConfig, world: int, *, device: str = "
     # A process for each: of a process group only one can ever be faked in a process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # importing takes as long as a simulation
-    ranks = range(layout.pipeline)
     options: dict[str, Any] = {"mp_context": context, "max_tasks_per_child": 1}
     with ProcessPoolExecutor(min(AT_A_TIME, layout.pipeline), **options) as pool:
-        return list(pool.map(partial(_plan_rank, plain, world, device), ranks))
+        plans: dict[int, RankPlan] = {}
+        runs = _runs(DryRunConfig.model_validate({name: getattr(config, name) for name in plain}), layout)
+        ends = sorted({rank for run in runs for rank in (run[0], run[-1])})
+        for wanted in (ends, range(layout.pipeline)):
+            _fill_between(plans, runs)
+            missing = [rank for rank in wanted if rank not in plans]
+            plans |= zip(missing, pool.map(partial(_plan_rank, plain, world, device), missing), strict=True)
+    return [plans[rank] for rank in range(layout.pipeline)]
+
+
+def _runs(config: DryRunConfig, layout: Layout) -> list[list[int]]:
+    """Ranks in a row whose stages are alike: under 1f1b each has one micro-batch less under way than the one before."""
+    stages = _full_case(config, layout).layers
+    ends = (0, layout.pipeline - 1)
+    alike = config.parallel.schedule in layouts.SINGLE
+    found: list[list[int]] = []
+    for rank in range(layout.pipeline):
+        if found and alike and not {rank, rank - 1} & {*ends} and stages[rank] == stages[rank - 1]:
+            found[-1].append(rank)
+        else:
+            found.append([rank])
+    return found
+
+
+def _fill_between(plans: dict[int, RankPlan], runs: list[list[int]]) -> None:
+    """Plans of ranks between two that are known and have their peak at the same moment."""
+    for first, *between, last in (run for run in runs if len(run) > 2 and run[-1] in plans):
+        if plans[first].moment == plans[last].moment:
+            plans.update({rank: plans[first].towards(plans[last], rank) for rank in between})
 
 
 def _plan_rank(plain: dict[str, Any], world: int, device: str, rank: int) -> RankPlan:
