@@ -299,8 +299,9 @@ class Rank:
         table, stream = vocabulary * setting.model.dim, setting.tokens * setting.model.dim * setting.width
         kind = "cpu" if setting.device.name == "cpu" else "cuda"
         chunk = chunk_tokens(torch.device(kind), int(vocabulary))
-        # A loop's names hold the last chunk while the next is made; on a GPU logits become their gradient in place.
-        copies = (setting.tokens > chunk) + (2 if kind == "cpu" else 1)
+        # A loop's names hold the last chunk while the next is made. On a GPU, and of a whole vocabulary, logits become
+        # their gradient in place.
+        copies = (setting.tokens > chunk) + (1 if kind == "cuda" and setting.layout.tensor == 1 else 2)
         logits = copies * min(chunk, setting.tokens) * vocabulary * setting.width
         calls = 1 + len(setting.anatomy.further)
         gradient = MASTER * table * calls + stream * calls + stream * (setting.layout.tensor > 1)

@@ -181,12 +181,18 @@ class Exchange:
         kept_PL = kept_E.view(self.group.size(), -1)
         arrived_PL = torch.empty_like(kept_PL)
         dist.all_to_all_single(arrived_PL, kept_PL.contiguous(), group=self.group)
-        # The one time that the host waits for the device: a collective has to know its sizes. (With a capacity they
-        # are bounded, and rows could be sent in slots of fixed size, mostly empty for some experts, without it.)
-        leaving, arriving = torch.stack((kept_PL.sum(1), arrived_PL.sum(1))).tolist()
+        leaving, arriving = self.rows(rows_ND, kept_PL, arrived_PL)
         flight = Flight(self.group, leaving, arriving)
         sent_ND = rows_ND[: sum(leaving)]  # the others are beyond the capacity
         return Sent(_Start.apply(sent_ND, flight), flight, arrived_PL, rows_ND.shape[0])
+
+    def rows(self, rows_ND: Tensor, kept_PL: Tensor, arrived_PL: Tensor) -> list[list[int]]:
+        """How many go to each process of the group, and come from each.
+
+        The one time that the host waits for the device: a collective has to know its sizes. (With a capacity they
+        are bounded, and rows could be sent in slots of fixed size, mostly empty for some experts, without it.)
+        """
+        return torch.stack((kept_PL.sum(1), arrived_PL.sum(1))).tolist()  # type: ignore[no-any-return]
 
     @torch.compiler.disable
     def receive(self, sent: Sent) -> Tensor:

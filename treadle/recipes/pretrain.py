@@ -18,6 +18,7 @@ from treadle.data.prepare import Prepared, prepare
 from treadle.evaluate.perplexity import EvaluateConfig, evaluate_perplexity
 from treadle.inference.load import FINAL, TOKENIZER
 from treadle.inference.text import SampleConfig
+from treadle.memory.tracker import TrackMemory, setting_of_run
 from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics, load_samples
@@ -71,7 +72,7 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
 
 def evaluations(config: RecipeConfig, session: Session, data: Prepared) -> list[Callback]:
     """What is looked at on the way."""
-    around: list[Callback] = []
+    around: list[Callback] = [TrackMemory(session.run, partial(setting_of_run, config, session.model, session.mesh))]
     if config.evaluate is not None:
         around.append(Every(config.evaluate.every, partial(log_evaluation, config, session, data)))
     if config.sample is not None:

@@ -13,6 +13,7 @@ from treadle.errors import ConfigError
 from treadle.evaluate.accuracy import AccuracyConfig, evaluate_accuracy, shared_out
 from treadle.inference.load import FINAL
 from treadle.kernels.linear_cross_entropy import IGNORED
+from treadle.memory.tracker import TrackMemory, setting_of_run
 from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics
@@ -56,7 +57,8 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
         with open_session(config, spec, batches, sinks, mesh=mesh, resume=resume, console=console) as session:
             session.announce(f"task {config.task.kind}")  # type: ignore[attr-defined]
             loss = partial(cross_entropy, z_loss=training.z_loss, attention=training.attention)
-            around = [Every(config.evaluate.every, partial(log_accuracy, config, session))]
+            score = Every(config.evaluate.every, partial(log_accuracy, config, session))
+            around = [TrackMemory(session.run, partial(setting_of_run, config, session.model, session.mesh)), score]
             if session.train(loss, around, length=training.sequence_length):
                 finish(config, session)
             return session.run.folder

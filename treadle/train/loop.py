@@ -63,6 +63,9 @@ class Callback:
     def fail(self, loop: "Loop") -> None:
         """When a step was not finite, before the error is raised."""
 
+    def out_of_memory(self, loop: "Loop", error: Exception) -> None:
+        """When the device's memory ran out, before the error goes on."""
+
 
 class Loop:
     """Runs steps until the configured number is reached or somebody asks it to stop."""
@@ -101,7 +104,12 @@ class Loop:
                 began = time.perf_counter()
                 with self.watch("data", host=True):
                     step_batches = next(source)
-                record = self._step(step_batches)
+                try:
+                    record = self._step(step_batches)
+                except torch.OutOfMemoryError as error:
+                    for callback in self.callbacks:
+                        callback.out_of_memory(self, error)
+                    raise
                 record = replace(record, seconds=time.perf_counter() - began)
                 for callback in self.callbacks:
                     alive()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from treadle.config import resolve
+from treadle.memory.analytic import WORKSPACE
 from treadle.memory.predict import Planned, predict
 
 dry_run = pytest.importorskip("treadle.memory.dry_run").dry_run
@@ -38,7 +39,8 @@ def test_they_agree(world, rows, training, parallel):
     loop = {"steps": 1, "sequence_length": 4096, "batch_size": rows, "compile": False, **training}
     config = resolve(Planned, {"model": MODEL, "training": loop, "parallel": parallel})
     for closed, dry in zip(predict(config, world, "h200").footprints, dry_run(config, world), strict=True):
-        found = dry.footprint
-        assert closed.total - closed.overhead == pytest.approx(found.total - found.overhead, rel=0.04)
+        # Constants of a device (its context, cuBLAS' workspace) are the closed form's alone.
+        own = closed.total - closed.overhead - WORKSPACE
+        assert own == pytest.approx(dry.footprint.total - dry.footprint.overhead, rel=0.04)
         assert closed.parameters == pytest.approx(found.parameters, rel=0.01)
         assert closed.optimizer == pytest.approx(found.optimizer, rel=0.01)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from treadle import cli
-from treadle.attention import AttentionContext
+from treadle.attention import AttentionContext, TokenCache
 from treadle.config import Config, resolve, to_dict
 from treadle.errors import ConfigError
 from treadle.inference.generate import stream
@@ -69,7 +69,9 @@ def test_the_absorbed_form_equals_the_expanded_one(changes: dict[str, Any], S: i
     block = block_of(**changes)
     q_BSHN, q_BSHR, kept_BTM = inputs(block, S, T)
     positions_BS = torch.arange(T - S, T).expand(2, S)
-    context = AttentionContext(positions_BS, backend=backend, cache=object() if T > S else None)
+    cache = TokenCache(2, T, [], torch.float64, "cpu")
+    cache.length = T
+    context = AttentionContext(positions_BS, backend=backend, cache=cache if T > S else None)
     results = []
     for form in ("expanded", "absorbed"):
         latest = kept_BTM.split((C, R), dim=-1) if form == "expanded" else (kept_BTM,)
