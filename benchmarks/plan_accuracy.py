@@ -2,8 +2,10 @@
 
     python benchmarks/plan_accuracy.py [--only WORD] [--plan]
 
-Prints one table: configuration, GiB planned (without overhead), GiB measured (`max_memory_allocated`, and reserved),
-error, seconds to plan. Each measurement is a process of its own. --plan: only plan; needs no GPU.
+Prints one table: configuration, GiB planned of the process that needs most (without overhead), GiB measured
+(`max_memory_allocated`, then reserved, then what the process has outside of PyTorch's allocator), error, seconds to
+plan. Each measurement is a process of its own, on one GPU. --plan: compare with what docs/benchmarks.md says of one or
+two GPUs; needs none.
 """
 
 import argparse
@@ -18,30 +20,49 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 GIB = 2**30
 MODELS = Path(__file__).parent.parent / "recipes/models"
 LLAMA, QWEN, MOE = "llama-1.5b", "qwen3-0.6b", "moe-2b"
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "1.5 B, batch 1": (LLAMA, {"batch_size": 1}),
-    "1.5 B, batch 2": (LLAMA, {"batch_size": 2}),
-    "1.5 B, batch 4": (LLAMA, {"batch_size": 4}),
-    "1.5 B, batch 8 by 2": (LLAMA, {"batch_size": 8, "micro_batch_size": 2}),
-    "1.5 B, batch 2, eager": (LLAMA, {"batch_size": 2, "compile": False}),
-    "1.5 B, batch 4, selective": (LLAMA, {"batch_size": 4, "activation_checkpointing": "selective"}),
-    "1.5 B, batch 4, full": (LLAMA, {"batch_size": 4, "activation_checkpointing": "full"}),
-    "1.5 B, batch 4, full, eager": (
-        LLAMA,
-        {"batch_size": 4, "activation_checkpointing": "full", "compile": False},
+FULL, SELECTIVE = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+
+
+class Case(NamedTuple):
+    """measured: GiB, of docs/benchmarks.md; what --plan compares with."""
+
+    model: str
+    training: dict[str, Any]
+    gpus: int = 1
+    parallel: dict[str, Any] = {}
+    measured: float | None = None
+
+
+PIPELINE = {"batch_size": 8, "micro_batch_size": 1}
+SHORT = {"batch_size": 8, "sequence_length": 4096}
+CASES = {
+    "1.5 B, batch 1": Case(LLAMA, {"batch_size": 1}),
+    "1.5 B, batch 2": Case(LLAMA, {"batch_size": 2}, measured=43.2),
+    "1.5 B, batch 4": Case(LLAMA, {"batch_size": 4}, measured=63.0),
+    "1.5 B, batch 8 by 4": Case(LLAMA, {"batch_size": 8, "micro_batch_size": 4}, measured=68.6),
+    "1.5 B, batch 2, eager": Case(LLAMA, {"batch_size": 2, "compile": False}, measured=47.2),
+    "1.5 B, batch 4, selective": Case(LLAMA, {"batch_size": 4, **SELECTIVE}, measured=44.7),
+    "1.5 B, batch 4, budget 0.5": Case(
+        LLAMA, {"batch_size": 4, "activation_checkpointing": {"kind": "budget", "share": 0.5}}, measured=39.6
     ),
-    "0.6 B (Qwen3), batch 8 x 4,096": (QWEN, {"batch_size": 8, "sequence_length": 4096}),
-    "0.6 B (Qwen3), 1 x 32,768, selective": (
-        QWEN,
-        {"batch_size": 1, "sequence_length": 32768, "activation_checkpointing": "selective"},
-    ),
-    "mixture of 2 B, batch 8 x 4,096": (MOE, {"batch_size": 8, "sequence_length": 4096}),
-    "mixture of 2 B, batch 8 x 4,096, eager": (MOE, {"batch_size": 8, "sequence_length": 4096, "compile": False}),
+    "1.5 B, batch 4, full": Case(LLAMA, {"batch_size": 4, **FULL}, measured=25.4),
+    "1.5 B, batch 4, full, eager": Case(LLAMA, {"batch_size": 4, "compile": False, **FULL}),
+    "1.5 B, batch 4, fp8": Case(LLAMA, {"batch_size": 4, "fp8": True}, measured=49.2),
+    "0.6 B (Qwen3), batch 8 x 4,096": Case(QWEN, SHORT),
+    "0.6 B (Qwen3), 1 x 32,768, selective": Case(QWEN, {"batch_size": 1, "sequence_length": 32768, **SELECTIVE}),
+    "dense 0.4 B, batch 8 x 4,096": Case("dense-0.4b", SHORT, measured=33.0),
+    "mixture of 2 B, batch 8 x 4,096": Case(MOE, SHORT, measured=67.3),
+    "mixture of 2 B, batch 8 x 4,096, eager": Case(MOE, {**SHORT, "compile": False}),
+    "1.5 B, FSDP of 2": Case(LLAMA, {"batch_size": 8, "micro_batch_size": 4}, 2, measured=53.3),
+    "1.5 B, tensor 2": Case(LLAMA, {"batch_size": 8, "micro_batch_size": 4}, 2, {"tensor": 2}, 37.3),
+    "1.5 B, pipeline 2, 1f1b": Case(LLAMA, PIPELINE, 2, {"pipeline": 2}, 28.3),
+    "1.5 B, pipeline 2, zbv": Case(LLAMA, PIPELINE, 2, {"pipeline": 2, "schedule": "zbv"}, 28.3),
+    "1.5 B, pipeline 2, dualpipev": Case(LLAMA, PIPELINE, 2, {"pipeline": 2, "schedule": "dualpipev"}, 31.4),
 }
 
 
@@ -49,17 +70,18 @@ def configuration(name: str) -> Any:
     from treadle.config import read_yaml, resolve
     from treadle.memory.dry_run import DryRunConfig
 
-    file, training = CASES[name]
-    model = read_yaml(MODELS / f"{file}.yaml")
-    model["max_length"] = max(model["max_length"], training.get("sequence_length", 8192))
-    return resolve(DryRunConfig, {"model": model, "training": {"steps": 4, "sequence_length": 8192, **training}})
+    case = CASES[name]
+    model = read_yaml(MODELS / f"{case.model}.yaml")
+    model["max_length"] = max(model["max_length"], case.training.get("sequence_length", 8192))
+    training = {"steps": 4, "sequence_length": 8192, **case.training}
+    return resolve(DryRunConfig, {"model": model, "training": training, "parallel": case.parallel})
 
 
 def plan(name: str) -> dict[str, Any]:
-    from treadle.memory.dry_run import plan_rank
+    from treadle.memory.dry_run import dry_run
 
     start = time.perf_counter()
-    found = plan_rank(configuration(name), 1)
+    found = max(dry_run(configuration(name), CASES[name].gpus), key=lambda rank: rank.footprint.total)
     return {
         "planned": found.footprint.total,
         "plan_seconds": time.perf_counter() - start,
@@ -126,9 +148,9 @@ def main() -> None:
     room = Room(0 if arguments.plan else device_bytes())
 
     def both(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        p = in_process("plan", name)
-        if arguments.plan or "error" in p:
-            return p, {}
+        p, known = in_process("plan", name), CASES[name].measured
+        if arguments.plan or "error" in p or CASES[name].gpus > 1:
+            return p, {} if known is None else {"allocated": known * GIB}
         with room.taken(int(1.15 * p["planned"]) + 2 * GIB):
             return p, in_process("measure", name)
 
@@ -145,7 +167,7 @@ def cells(p: dict[str, Any], m: dict[str, Any]) -> list[str]:
     found = [f"{p['planned'] / GIB:.2f}", "", "", "", ""]
     if m:
         found[1:] = [f"{m['allocated'] / GIB:.2f}", f"{p['planned'] / m['allocated'] - 1:+.1%}"]
-        found += [f"{m[key] / GIB:.2f}" for key in ("reserved", "outside")]
+        found += [f"{m[key] / GIB:.2f}" if key in m else "" for key in ("reserved", "outside")]
     return [*found, f"{p['plan_seconds']:.1f}"]
 
 

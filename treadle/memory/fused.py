@@ -37,6 +37,8 @@ _FUSED = _REDUCTIONS | {
     *(aten.scalar_tensor.default, aten.slice_scatter.default, aten.select_scatter.default, aten.copy.default),
 }
 
+_ELSEWHERE = _REDUCTIONS | {aten.cat.default, aten.constant_pad_nd.default}  # never written over what they read
+
 
 def backend(meter: LiveMemory) -> Any:
     """For `torch.compile`: graphs on fake tensors that do to the meter what compiled code does to memory."""
@@ -113,7 +115,8 @@ class Region:
         arguments.clear()
         for (node, _), dying in zip(self.kernels, self.dying, strict=True):
             sizes = _sizes(node)
-            reused = [base for base in dying if isinstance(held.get(base), Block)] if _is_fused(node) else []
+            in_place = _is_fused(node) and node.target not in _ELSEWHERE
+            reused = [base for base in dying if isinstance(held.get(base), Block)] if in_place else []
             for base in reused:
                 if sum(sizes) == held[base].size:
                     meter.close(held.pop(base))
