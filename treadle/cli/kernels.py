@@ -45,6 +45,8 @@ def check(
     from treadle.errors import ConfigError
     from treadle.kernels.measure import check
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("kernels: PyTorch sees no GPU; take --device cpu, with TRITON_INTERPRET=1 in the environment")
     torch.manual_seed(0)
     findings = []
     for operation in _chosen(names):

@@ -45,7 +45,12 @@ class ChatTemplate:
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The same as token ids. Names of special tokens become those tokens, as the template means them."""
-        return tokenizer.encode(self.render(messages, **options), special=True)
+        text = self.render(messages, **options)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError("messages: half of a surrogate pair is no text; send UTF-8") from None
+        return tokenizer.encode(text, special=True)
 
     @classmethod
     def load(cls, folder: Path | str) -> "ChatTemplate | None":

@@ -4,6 +4,7 @@ Each step the scheduler says who computes what, the runner launches it, and whil
 what the step before has drawn. So a request that ends at an end-of-text token computes one token too many, unseen.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -92,8 +93,21 @@ class Engine:
             raise ConfigError(
                 f"max_tokens: {length} tokens do not fit the cache; raise cache_tokens, or lower max_tokens"
             )
+        self._check_tokens(sampling, vocabulary)
+        if not self.runner.storage.layers:
+            raise ConfigError("the engine sleeps and has no cache; wake() it first")
         self.scheduler.add(request)
         return request
+
+    @staticmethod
+    def _check_tokens(sampling: Sampling, vocabulary: int) -> None:
+        for key, tokens in (("logit_bias", sampling.logit_bias), ("stop_tokens", sampling.stop_tokens)):
+            for token in tokens:
+                if not 0 <= token < vocabulary:
+                    raise ConfigError(f"{key}: token {token} is not in the vocabulary of {vocabulary}")
+        for token, bias in sampling.logit_bias.items():
+            if not math.isfinite(bias):
+                raise ConfigError(f"logit_bias: {bias} for token {token} is no finite number; use -100 to forbid it")
 
     def abort(self, request: Request) -> None:
         """End a request now, whatever it is doing. Ended ones are left alone."""
@@ -112,7 +126,8 @@ class Engine:
         """
         if self.busy:
             raise ValueError("requests are running: let them end, or abort them, before the weights change")
-        own = dict(self.model.named_parameters())
+        own: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        own |= dict(self.model.named_buffers(remove_duplicate=False))
         if unknown := sorted(set(weights) - set(own)):
             raise ValueError(f"the model has no weights {', '.join(unknown[:3])}")
         with torch.no_grad():
@@ -140,16 +155,30 @@ class Engine:
         if before is not None and not self.config.ahead:
             return self._read(before)
         work = self.scheduler.schedule()
-        self._launched = self.runner.launch(work) if work else None
+        try:
+            self._launched = self.runner.launch(work) if work else None
+        except BaseException:
+            # Pages were promised that nobody has filled: whoever could read them ends, and they are not found again.
+            for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                self.abort(request)
+            self.tables.forget()
+            raise
         return [] if before is None else self._read(before)
 
     def generate(self, prompts: Iterable[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> list[Request]:
         """All prompts to their ends, in their order. sampling: one for all, or one each."""
         prompts = list(prompts)
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        requests = [self.add(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-        while any(request.status is not Status.FINISHED for request in requests):
-            self.step()
+        requests: list[Request] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                requests.append(self.add(prompt, one))
+            while any(request.status is not Status.FINISHED for request in requests):
+                self.step()
+        except BaseException:  # also Ctrl-C: nothing of this call goes on
+            for request in requests:
+                self.abort(request)
+            raise
         return requests
 
     def _read(self, launched: Launched) -> list[tuple[Request, int]]:

@@ -100,7 +100,7 @@ class EngineProcess:
 
     def stop(self) -> None:
         """End the process, whatever it does."""
-        self._process.terminate()
+        self._process.kill()
         self._process.join(10)
 
     def _send(self, message: Any) -> None:
@@ -135,7 +135,8 @@ class EngineProcess:
 
 def _work(connection: Connection, make: Callable[[], Engine]) -> None:
     """The engine's process: ends when the other end of the pipe does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when it ends
+    for each in (signal.SIGINT, signal.SIGTERM):  # which may be sent to all processes; the server decides
+        signal.signal(each, signal.SIG_IGN)
     try:
         engine = make()
     except TreadleError as error:
@@ -144,6 +145,7 @@ def _work(connection: Connection, make: Callable[[], Engine]) -> None:
     connection.send(engine.max_length)
     running: dict[int, Request] = {}
     told: dict[int, int] = {}
+    load = Load()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             updates: dict[int, Update | Exception] = {}
@@ -164,8 +166,9 @@ def _work(connection: Connection, make: Callable[[], Engine]) -> None:
                     told[number] = len(request.outputs)
                 if request.status is Status.FINISHED:
                     del running[number], told[number]
-            if updates:
-                connection.send((_load(engine), updates))
+            before, load = load, _load(engine)
+            if updates or load != before:
+                connection.send((load, updates))
 
 
 def _update(request: Request, told: int) -> Update:

@@ -85,6 +85,10 @@ class ChatBody(Body):
 def encode(tokenizer: Tokenizer | None, text: str) -> list[int]:
     if tokenizer is None:
         raise ConfigError("prompt: the model has no tokenizer; give token ids")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("prompt: half of a surrogate pair is no text; send UTF-8") from None
     return [*tokenizer.opening, *tokenizer.encode(text)] or [tokenizer.eos_id]
 
 

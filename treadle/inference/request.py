@@ -26,7 +26,6 @@ class Sampling(Config):
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time")
     logit_bias: dict[int, float] = Field({}, description="added to the scores of these tokens")
     seed: int | None = Field(None, description="the same gives the same text, in whatever company; null: any")
-    stop: tuple[str, ...] = Field((), description="texts that end the output, and are not part of it")
     stop_tokens: tuple[int, ...] = Field((), description="tokens that end the output, beside the end-of-text token")
     ignore_eos: bool = Field(False, description="go on after the end-of-text token")
     logprobs: NonNegativeInt | None = Field(None, description="return log probabilities, and of this many likeliest")

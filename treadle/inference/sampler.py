@@ -6,6 +6,7 @@ request's seed, the position and the token. So a seed gives the same text in any
 R requests, S slots, V vocabulary.
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -73,6 +74,7 @@ class Sampler:
         self._counts_SV: Tensor | None = None
         self._seen_SV: Tensor | None = None
         self._counted: dict[int, Request] = {}
+        self._salt = secrets.randbits(62)  # what is asked for without a seed differs from process to process
 
     def draw(self, logits_RV: Tensor, requests: Sequence[Request]) -> Sampled:
         """The next token of each request.  logits_RV: any float dtype; not changed."""
@@ -93,7 +95,7 @@ class Sampler:
         temperature_R1 = self._tensor([sampling.temperature or 1.0 for sampling in asked])[:, None]
         filtered_RV = _filter(self, scores_RV / temperature_R1, asked)
         greedy_R = self._tensor([sampling.temperature == 0 for sampling in asked], torch.bool)
-        seeds_R = self._tensor([_seed(request) for request in requests], torch.int64)
+        seeds_R = self._tensor([self._seed(request) for request in requests], torch.int64)
         positions_R = self._tensor([request.length - 1 for request in requests], torch.int64)
         gumbel_RV = -torch.log(-torch.log(uniform(seeds_R, positions_R, self.vocabulary)))
         # Filtering and noise leave the greedy rows alone.
@@ -152,6 +154,10 @@ class Sampler:
         seen_V[prompt] = True
         seen_V[outputs] = True
 
+    def _seed(self, request: Request) -> int:
+        seed = self._salt ^ request.number if request.sampling.seed is None else request.sampling.seed
+        return (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # any integer, as one of 64 bits
+
     def _tensor(self, values: Sequence[object], dtype: torch.dtype = torch.float32) -> Tensor:
         host = torch.tensor(values, dtype=dtype)
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
@@ -191,10 +197,6 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
     return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _seed(request: Request) -> int:
-    return request.number if request.sampling.seed is None else request.sampling.seed
 
 
 def _penalised(sampling: Sampling) -> bool:

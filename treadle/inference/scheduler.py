@@ -73,7 +73,7 @@ class Scheduler:
     def _generate(self, ready: Iterable[Request]) -> list[Work]:
         """One token each, for those that have all but one."""
         work = []
-        for request in [request for request in ready if request.pending == 1]:
+        for request in [request for request in ready if request.pending == 1][: self.budget]:
             if request.status is Status.RUNNING and self._make_room(request):
                 work.append(self._move(request, 1))
         return work
@@ -114,10 +114,11 @@ class Scheduler:
             request = self.waiting[0]
             if request.in_flight:  # it was preempted a moment ago, and its last token is on its way
                 break
+            if self.running and self.tables.free < WATERMARK:
+                break
             self.tables.adopt(request)
             chunk = min(request.pending, budget)
-            scarce = bool(self.running) and self.tables.free < WATERMARK
-            if scarce or not self.tables.grow(request, request.computed + chunk):
+            if not self.tables.grow(request, request.computed + chunk):
                 self.tables.release(request)
                 break
             self.waiting.popleft()

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
 
 from treadle.data.chat import ChatTemplate
 from treadle.data.tokenizer import Tokenizer
@@ -111,6 +112,14 @@ def make_app(serving: Serving) -> FastAPI:
         meters.requests.labels(code).inc()
         return _error(status, str(error), code)
 
+    @app.exception_handler(HTTPException)
+    async def no_such_path(request: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}", "not_found")
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return _error(500, f"{type(error).__name__}: {error}", "internal_error")
+
     @app.middleware("http")
     async def keyed(request: Request, call: Callable[[Request], Any]) -> Response:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -161,7 +170,7 @@ def make_app(serving: Serving) -> FastAPI:
         wanted = [(prompt, sampling) for prompt in prompts for sampling in asked]
         answer = Answer(serving, meters, "cmpl", "text_completion", body)
         if body.stream:
-            return await answer.streamed(wanted, answer.completion_piece)
+            return await answer.streamed(request, wanted, answer.completion_piece)
         choices = await answer.whole(request, wanted)
         kept = [
             (prompt, choice)
@@ -179,6 +188,8 @@ def make_app(serving: Serving) -> FastAPI:
         _check(serving, body.model)
         if serving.template is None or serving.tokenizer is None:
             raise ConfigError("messages: the model has no chat template; use /v1/completions, or give --chat-template")
+        if taken := {"messages", "tools"} & set(body.chat_template_kwargs):
+            raise ConfigError(f"chat_template_kwargs: {', '.join(sorted(taken))} is a key of the body itself")
         tools = None if body.tool_choice == "none" else body.tools
         prompt = serving.template.encode(serving.tokenizer, body.messages, tools=tools, **body.chat_template_kwargs)
         room = serving.max_length - len(prompt)
@@ -192,7 +203,7 @@ def make_app(serving: Serving) -> FastAPI:
         wanted = [(prompt, sampling) for sampling in asked]
         answer = Answer(serving, meters, "chatcmpl", "chat.completion", body)
         if body.stream:
-            return await answer.streamed(wanted, answer.chat_piece)
+            return await answer.streamed(request, wanted, answer.chat_piece)
         choices = await answer.whole(request, wanted)
         entries = [
             {
@@ -241,7 +252,7 @@ class Answer:
                 await work
         return choices
 
-    async def streamed(self, wanted: Wanted, entry: Callable[..., dict[str, Any]]) -> Response:
+    async def streamed(self, request: Request, wanted: Wanted, entry: Callable[..., dict[str, Any]]) -> Response:
         """Server-sent events of all choices, as they come. What is wrong with a request is said before any of them."""
         self._admit(wanted)
         queue: asyncio.Queue[Any] = asyncio.Queue()
@@ -256,9 +267,18 @@ class Answer:
             queue.put_nowait(None)
 
         tasks = [asyncio.create_task(fill(index, *each)) for index, each in enumerate(wanted)]
-        first = await queue.get()
+        waits, gone = asyncio.ensure_future(queue.get()), asyncio.create_task(_gone(request))
+        try:
+            await asyncio.wait([waits, gone], return_when=asyncio.FIRST_COMPLETED)
+            first = waits.result() if waits.done() else Refused(499, "the client has gone", "disconnected")
+        except BaseException:
+            for task in (*tasks, waits):
+                task.cancel()
+            raise
+        finally:
+            gone.cancel()
         if isinstance(first, Exception):
-            for task in tasks:
+            for task in (*tasks, waits):
                 task.cancel()
             raise first
 

@@ -96,7 +96,37 @@ def test_a_request_that_can_never_run_is_refused() -> None:
         engine.add([1] * 90, Sampling(max_tokens=7))
     with pytest.raises(ConfigError, match="raise cache_tokens"):
         engine.add([1] * 30, Sampling(max_tokens=7))
+    for wrong in ({"logit_bias": {VOCABULARY: 1.0}}, {"stop_tokens": (-1,)}, {"logit_bias": {3: float("nan")}}):
+        with pytest.raises(ConfigError, match=r"not in the vocabulary|no finite number"):
+            engine.add([3], Sampling(max_tokens=2, **wrong))
+    with pytest.raises(ConfigError, match="no token"):
+        engine.generate([[1, 2], []], Sampling(max_tokens=2))
+    while engine.busy:  # what was queued before the wrong one is not left behind
+        engine.step()
+
+
+def test_a_step_that_fails_ends_its_requests_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["attention"]
+    engine = Engine(model, EngineConfig(page=4, slots=2, cache_tokens=90))
+    prompt, greedy = list(range(12)), Sampling(max_tokens=5, temperature=0)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.runner, "launch", lambda work: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.generate([prompt], greedy)
     assert not engine.busy
+    (done,) = engine.generate([prompt], greedy)
+    assert done.cached == 0  # the pages that were promised were never filled
+    assert done.outputs == alone(model, prompt, 5)
+
+
+def test_any_integer_is_a_seed_and_none_is_another_one_each_time() -> None:
+    model = MODELS["attention"]
+    drawn = []
+    for seed in (2**63, -(2**63), 7, 7, None, None):
+        engine = Engine(model, EngineConfig(page=4, slots=2, cache_tokens=90))
+        drawn.append(engine.generate([[1, 2]], Sampling(max_tokens=20, temperature=3.0, seed=seed))[0].outputs)
+    assert drawn[2] == drawn[3]
+    assert drawn[4] != drawn[5]
 
 
 def test_pages_are_preempted_and_prompts_do_not_starve_others() -> None:

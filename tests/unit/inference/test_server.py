@@ -113,6 +113,7 @@ def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
     several = client.completions.create(**asked, n=3)
     assert several.choices[0].text == whole.text
     assert len({choice.text for choice in several.choices}) > 1
+    client.completions.create(**{**asked, "seed": 2**63 - 1}, n=2)
 
 
 def test_echo_gives_the_log_probabilities_of_the_prompt(client: openai.OpenAI, model: Any) -> None:
@@ -168,6 +169,14 @@ def test_a_stop_text_ends_the_answer_and_is_not_in_it(client: openai.OpenAI) -> 
         ("completions", {"prompt": "a", "temperature": 5}, 400, "temperature: Input should be less than"),
         ("completions", {"prompt": "a", "max_tokens": 1000}, 400, "max_length=128"),
         ("completions", {"prompt": [5000]}, 400, "token 5000 is not in the vocabulary of 320"),
+        ("completions", {"prompt": "a", "logit_bias": {"999": 1}}, 400, "token 999 is not in the vocabulary"),
+        ("completions", {"prompt": "\ud800"}, 400, "half of a surrogate pair"),
+        (
+            "chat/completions",
+            {"messages": [{}], "chat_template_kwargs": {"tools": []}},
+            400,
+            "a key of the body itself",
+        ),
         ("completions", {"prompt": []}, 400, "prompt: the list is empty"),
         ("completions", {"prompt": "a", "model": "other"}, 404, "'other' is not here; this server has 'tiny'"),
         ("completions", {"max_tokens": 3}, 400, "prompt: Field required"),
@@ -177,11 +186,15 @@ def test_a_stop_text_ends_the_answer_and_is_not_in_it(client: openai.OpenAI) -> 
     ],
 )
 def test_a_bad_body_says_what_is_wrong(server: Server, path: str, body: Any, status: int, said: str) -> None:
+    def send(client: httpx.Client, body: Any) -> httpx.Response:
+        kind = {"content-type": "application/json"}
+        return client.post(f"/v1/{path}", content=json.dumps(body), headers=kind)  # which escapes what is no text
+
     with server.client() as client:
-        answer = client.post(f"/v1/{path}", json=body)
+        answer = send(client, body)
         assert answer.status_code == status, answer.text
         assert said in answer.json()["error"]["message"]
-        assert client.post(f"/v1/{path}", json={**body, "stream": True}).status_code == status
+        assert send(client, {**body, "stream": True}).status_code == status
 
 
 def test_the_key_is_asked_for_and_broken_json_is_no_crash(server: Server) -> None:
