@@ -45,15 +45,17 @@ def check(
     from treadle.errors import ConfigError
     from treadle.kernels.measure import check
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("kernels: PyTorch sees no GPU; take --device cpu, with TRITON_INTERPRET=1 in the environment")
     torch.manual_seed(0)
-    findings = []
+    able, findings = [], []
     for operation in _chosen(names):
         reason = operation.unusable(backend)
         if reason is not None and names:
             raise ConfigError(f"kernels: {operation.name} has no backend {backend} here: {reason}")
-        for finding in check(operation, backend, device) if reason is None else ():
+        able += [operation] if reason is None else []
+    if able and device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("kernels: PyTorch sees no GPU; take --device cpu, with TRITON_INTERPRET=1 in the environment")
+    for operation in able:
+        for finding in check(operation, backend, device):
             typer.echo(str(finding))
             findings.append(finding)
     if not findings:
