@@ -34,14 +34,21 @@ def unsupported(
         return "it has no ALiBi"
     if facts.sinks:
         return "it has no sinks"
+    if (reason := unreadable(context)) is not None:
+        return reason
+    if (largest := max(q_BSHK.shape[-1], value_dim or 0)) > 256:
+        return f"its head dim is at most 256, not {largest}"
+    return None
+
+
+def unreadable(context: AttentionContext) -> str | None:
+    """What kernels of whole documents laid end to end cannot read in a context; None if they can."""
     if context.cache is not None:
         return "it reads no cache"
     if context.keys is not None:
         return "its keys are those of the queries' own tokens"
     if context.documents_BS is not None and context.cumulative_lengths_N is None:
         return "it needs cumulative_lengths; make the context with AttentionContext.packed"
-    if (largest := max(q_BSHK.shape[-1], value_dim or 0)) > 256:
-        return f"its head dim is at most 256, not {largest}"
     return None
 
 

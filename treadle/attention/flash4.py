@@ -15,6 +15,7 @@ from torch import Tensor
 
 from treadle.attention.context import AttentionContext
 from treadle.attention.facts import AttentionFacts
+from treadle.attention.flash import unreadable
 
 LARGEST = 128  # of the head dims that it takes, those at which it was measured
 
@@ -31,12 +32,8 @@ def unsupported(
     for name in ("softcap", "alibi", "sinks"):
         if getattr(facts, name):
             return f"it has no {name} here"
-    if context.cache is not None:
-        return "it reads no cache"
-    if context.keys is not None:
-        return "its keys are those of the queries' own tokens"
-    if context.documents_BS is not None and context.cumulative_lengths_N is None:
-        return "it needs cumulative_lengths; make the context with AttentionContext.packed"
+    if (reason := unreadable(context)) is not None:
+        return reason
     dims = (q_BSHK.shape[-1], value_dim or q_BSHK.shape[-1])
     if max(dims) > LARGEST or dims[0] % 8 or dims[1] % 8:
         return f"its head dims are multiples of 8 up to {LARGEST} here, not {dims[0]} and {dims[1]}"

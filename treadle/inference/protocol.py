@@ -9,6 +9,7 @@ from treadle.config.base import nearest
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import ConfigError
 from treadle.inference.request import Logprob, Sampling
+from treadle.inference.text import encode_prompt
 
 
 class Body(BaseModel):
@@ -89,7 +90,7 @@ def encode(tokenizer: Tokenizer | None, text: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError("prompt: half of a surrogate pair is no text; send UTF-8") from None
-    return [*tokenizer.opening, *tokenizer.encode(text)] or [tokenizer.eos_id]
+    return encode_prompt(tokenizer, text)
 
 
 def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:

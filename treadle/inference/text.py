@@ -44,7 +44,7 @@ def generate(
     options.setdefault("max_new_tokens", 256)
     tokens: list[list[int]] = [[] for _ in range(samples)]
     ended = [False] * samples
-    for step in sampling.stream(model, _encode(tokenizer, prompt), samples=samples, **options):
+    for step in sampling.stream(model, encode_prompt(tokenizer, prompt), samples=samples, **options):
         for row, token in enumerate(step):
             ended[row] = ended[row] or token == tokenizer.eos_id
             if not ended[row]:
@@ -59,7 +59,7 @@ def stream(model: Transformer, tokenizer: Tokenizer | None, prompt: str = "", **
     tokenizer = _needed(tokenizer)
     options.setdefault("max_new_tokens", 256)
     shown = TextStream(tokenizer)
-    for (token,) in sampling.stream(model, _encode(tokenizer, prompt), **options):
+    for (token,) in sampling.stream(model, encode_prompt(tokenizer, prompt), **options):
         if token == tokenizer.eos_id:
             break
         if piece := shown.push(token):
@@ -68,7 +68,7 @@ def stream(model: Transformer, tokenizer: Tokenizer | None, prompt: str = "", **
         yield piece
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt after what the model expects before a text; where both are nothing, a document's end."""
     return [*tokenizer.opening, *tokenizer.encode(prompt)] or [tokenizer.eos_id]
 
