@@ -130,4 +130,5 @@ PAGED_ATTENTION = Operation(
     arguments=_arguments,
     checked=CHECKED,
     timed=TIMED,
+    unmeasured=0,  # the definition waits for the device, and takes one request after the other
 )

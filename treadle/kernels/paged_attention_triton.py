@@ -18,6 +18,7 @@ from torch import Tensor
 from treadle.kernels.launch import power_of_two, programs
 
 MOST_REQUESTS, WIDEST = 4096, 256
+FEWEST = 256  # requests that a kernel is compiled for
 SPLIT = 512  # keys of a part
 PARTS_BYTES = 2 << 20  # of a request's parts: where it would have more of them, they are longer
 
@@ -231,7 +232,7 @@ def paged_attention(
         _attend[(count,)](
             q, keys, values, tables, lengths, starts, slopes, sinks, out, parts, states, R, H, H // G, columns,
             window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3], *v.stride()[:3], tables.stride(0),
-            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=power_of_two(R), TOKENS=s.tokens,
+            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)), TOKENS=s.tokens,
             HEADS=s.heads, BM=max(16, s.tokens * s.heads), BK=BV if tail else max(16, power_of_two(K)), BT=tail,
             **shared, num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
