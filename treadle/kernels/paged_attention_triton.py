@@ -43,6 +43,15 @@ def _page(TABLE, j0, n, end, PAGE: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _rows(X, page, j0, n, g, x_page, x_place, x_head, PAGE: tl.constexpr, BN: tl.constexpr):
+    """Where the keys or values from j0 on lie."""
+    if PAGE % BN == 0:
+        return X + (page * x_page + j0 % PAGE * x_place + g * x_head) + (n * x_place)[:, None]
+    else:
+        return X + (page * x_page + (j0 + n) % PAGE * x_place + g * x_head)[:, None]
+
+
+@triton.jit
 def _attend(
     Q, KEYS, VALUES, TABLES, LENGTHS, STARTS, SLOPES, SINKS, OUT, PARTS, STATES, requests, H, group, columns, window,
     scale, softcap, q_token, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, splits,
@@ -97,24 +106,23 @@ def _attend(
         following = _page(TABLES + r * table_row, begin, n, end, PAGE, BN)
         for j0 in range(begin, end, BN):
             j, page = j0 + n, following
-            place = (j0 % PAGE + n) if PAGE % BN == 0 else j % PAGE
             following = _page(TABLES + r * table_row, j0 + BN, n, end, PAGE, BN)
-            at = (page * k_page + place * k_place + g * k_head)[:, None]
+            at = _rows(KEYS, page, j0, n, g, k_page, k_place, k_head, PAGE, BN)
             if BT > 0:  # the first V channels are the value too
                 here = (j < end)[:, None]
-                x = tl.load(KEYS + at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
-                tail = tl.load(KEYS + at + t[None, :], here if K - V == BT else here & (t < K)[None, :], other=0.0)
+                x = tl.load(at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
+                tail = tl.load(at + t[None, :], here if K - V == BT else here & (t < K)[None, :], other=0.0)
                 scores = tl.dot(q, tl.trans(x), input_precision="ieee")
                 scores = tl.dot(q_tail, tl.trans(tail), scores, input_precision="ieee")
             else:
                 if K == BK:
-                    x = tl.load(KEYS + at + k[None, :])
+                    x = tl.load(at + k[None, :])
                 else:
-                    x = tl.load(KEYS + at + k[None, :], (k < K)[None, :], other=0.0)
+                    x = tl.load(at + k[None, :], (k < K)[None, :], other=0.0)
                 scores = tl.dot(q, tl.trans(x), input_precision="ieee")
-                v_at = (page * v_page + place * v_place + g * v_head)[:, None]
+                v_at = _rows(VALUES, page, j0, n, g, v_page, v_place, v_head, PAGE, BN)
                 here = (j < end)[:, None]
-                x = tl.load(VALUES + v_at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
+                x = tl.load(v_at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
             if SOFTCAP:
                 scores = softcap - 2 * softcap / (tl.exp2(scores * (scale / softcap * 2 * LOG2E)) + 1)
                 scores *= LOG2E
@@ -171,7 +179,8 @@ def _join(
 
 
 class Sizes(NamedTuple):
-    """tokens, heads: of a tile. keys: of a step. programs: of a multiprocessor; 0: one for each tile."""
+    """tokens, heads: of a tile. keys: of a step. programs: of a multiprocessor; 0: one for each tile.
+    registers: at most so many for a thread."""
 
     tokens: int
     heads: int
@@ -179,6 +188,7 @@ class Sizes(NamedTuple):
     warps: int
     stages: int
     programs: int
+    registers: int = 255
 
 
 def sizes(q: Tensor, value_dim: int, group: int, single: bool, latent: bool) -> Sizes:
@@ -237,7 +247,7 @@ def paged_attention(
             window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3], *v.stride()[:3], tables.stride(0),
             splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)), TOKENS=s.tokens,
             HEADS=s.heads, BM=max(16, s.tokens * s.heads), BK=BV if tail else max(16, power_of_two(K)), BT=tail,
-            **shared, num_warps=s.warps, num_stages=s.stages,
+            **shared, num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
         )  # fmt: skip
         if parts is not None:
             tensors = parts, states, lengths, starts, out
