@@ -2,8 +2,8 @@
 """Attention to pages in Triton. One kernel for requests with one new token and for those with more, run once for each.
 
 A tile is some new tokens of a request, the heads that share a key-value head, and a range of keys. A request with one
-new token has few rows to fill the machine with, so its keys are split, and a second kernel joins the parts. How they are
-split follows from the request's own length alone: what it computes does not depend on who else is in the batch, nor on
+new token has few rows to fill the machine with, so its keys are split, and a second kernel joins the parts. How they
+are split follows from the request's own length alone: its output does not depend on who else is in the batch, nor on
 the width of the table. Programs find their tiles from the lengths, on the device: the grid depends on shapes only, and
 tables may be wider than needed.
 """
@@ -35,7 +35,7 @@ def _splits(length, window, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.
 
 @triton.jit
 def _page(TABLE, j0, n, end, PAGE: tl.constexpr, BN: tl.constexpr):
-    """The page of the keys from j0 on, or that of each. It is looked up a step ahead: the keys themselves wait for it."""
+    """The page of the keys from j0 on, or that of each. Looked up a step ahead, since the keys wait for it."""
     if PAGE % BN == 0:
         return tl.load(TABLE + j0 // PAGE, j0 < end, other=0).to(tl.int64)
     else:
@@ -168,7 +168,8 @@ def _join(
             c = part + tl.arange(0, CHUNK)
             large = tl.load(STATES + (first + c) * 2, c < parts, other=float("-inf"))
             heavy = tl.load(STATES + (first + c) * 2 + 1, c < parts, other=0.0)
-            x = tl.load(PARTS + (first + c)[:, None] * V + v[None, :], (c < parts)[:, None] & (v < V)[None, :], other=0.0)
+            inside = (c < parts)[:, None] & (v < V)[None, :]
+            x = tl.load(PARTS + (first + c)[:, None] * V + v[None, :], inside, other=0.0)
             before, largest = largest, tl.maximum(largest, tl.max(large, 0))
             finite = tl.where(largest == float("-inf"), 0.0, largest)
             fade, share = tl.exp2(before - finite), tl.exp2(large - finite)
@@ -245,9 +246,10 @@ def paged_attention(
         _attend[(count,)](
             q, keys, values, tables, lengths, starts, slopes, sinks, out, parts, states, R, H, H // G, columns,
             window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3], *v.stride()[:3], tables.stride(0),
-            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)), TOKENS=s.tokens,
-            HEADS=s.heads, BM=max(16, s.tokens * s.heads), BK=BV if tail else max(16, power_of_two(K)), BT=tail,
-            **shared, num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
+            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)),
+            TOKENS=s.tokens, HEADS=s.heads, BM=max(16, s.tokens * s.heads),
+            BK=BV if tail else max(16, power_of_two(K)), BT=tail, **shared,
+            num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
         )  # fmt: skip
         if parts is not None:
             tensors = parts, states, lengths, starts, out
