@@ -43,21 +43,22 @@ def _page(TABLE, j0, n, end, PAGE: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _rows(X, page, j0, n, g, x_page, x_place, x_head, PAGE: tl.constexpr, BN: tl.constexpr):
+def _rows(X, page, j0, n, g, x_page, PLACE: tl.constexpr, x_head, PAGE: tl.constexpr, BN: tl.constexpr):
     """Where the keys or values from j0 on lie."""
     if PAGE % BN == 0:
-        return X + (page * x_page + j0 % PAGE * x_place + g * x_head) + (n * x_place)[:, None]
+        return X + (page * x_page + j0 % PAGE * PLACE + g * x_head) + (n * PLACE)[:, None]
     else:
-        return X + (page * x_page + (j0 + n) % PAGE * x_place + g * x_head)[:, None]
+        return X + (page * x_page + (j0 + n) % PAGE * PLACE + g * x_head)[:, None]
 
 
 @triton.jit
 def _attend(
     Q, KEYS, VALUES, TABLES, LENGTHS, STARTS, SLOPES, SINKS, OUT, PARTS, STATES, requests, H, group, columns, window,
-    scale, softcap, q_token, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, splits,
-    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, SINGLE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr, BR: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    scale, softcap, q_token, q_head, k_page, k_head, v_page, v_head, table_row, splits,
+    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, K_PLACE: tl.constexpr, V_PLACE: tl.constexpr,
+    SINGLE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr,
+    BR: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.arange(0, BR)
@@ -107,7 +108,7 @@ def _attend(
         for j0 in range(begin, end, BN):
             j, page = j0 + n, following
             following = _page(TABLES + r * table_row, j0 + BN, n, end, PAGE, BN)
-            at = _rows(KEYS, page, j0, n, g, k_page, k_place, k_head, PAGE, BN)
+            at = _rows(KEYS, page, j0, n, g, k_page, K_PLACE, k_head, PAGE, BN)
             if BT > 0:  # the first V channels are the value too
                 here = (j < end)[:, None]
                 x = tl.load(at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
@@ -120,7 +121,7 @@ def _attend(
                 else:
                     x = tl.load(at + k[None, :], (k < K)[None, :], other=0.0)
                 scores = tl.dot(q, tl.trans(x), input_precision="ieee")
-                v_at = _rows(VALUES, page, j0, n, g, v_page, v_place, v_head, PAGE, BN)
+                v_at = _rows(VALUES, page, j0, n, g, v_page, V_PLACE, v_head, PAGE, BN)
                 here = (j < end)[:, None]
                 x = tl.load(v_at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
             if SOFTCAP:
@@ -244,13 +245,13 @@ def paged_attention(
         count = programs(q, items, 32 // s.programs) if s.programs else items
         _attend[(count,)](
             q, keys, values, tables, lengths, starts, slopes, sinks, out, parts, states, R, H, H // G, columns,
-            window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3], *v.stride()[:3], tables.stride(0),
-            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)),
-            TOKENS=s.tokens, HEADS=s.heads, BM=max(16, s.tokens * s.heads),
-            BK=BV if tail else max(16, power_of_two(K)), BT=tail, **shared,
+            window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3:2], *v.stride()[:3:2],
+            tables.stride(0), splits, K=K, PAGE=page, K_PLACE=keys.stride(1), V_PLACE=v.stride(1), SINGLE=one,
+            SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)), TOKENS=s.tokens, HEADS=s.heads,
+            BM=max(16, s.tokens * s.heads), BK=BV if tail else max(16, power_of_two(K)), BT=tail, **shared,
             num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
         )  # fmt: skip
         if parts is not None:
             tensors = parts, states, lengths, starts, out
-            _join[(R, H)](*tensors, H, window or 0, splits, **shared, CHUNK=8, num_warps=1)
+            _join[(R, H)](*tensors, H, window or 0, splits, **shared, CHUNK=8, num_warps=max(1, BV // 128))
     return out
