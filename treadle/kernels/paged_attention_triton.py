@@ -19,7 +19,7 @@ from treadle.kernels.launch import power_of_two, programs
 
 MOST_REQUESTS, WIDEST = 4096, 256
 FEWEST = 256  # requests that a kernel is compiled for
-SPLIT = 512  # keys of a part
+SPLIT = 512  # keys of a part, at most
 PARTS_BYTES = 2 << 20  # of a request's parts: where it would have more of them, they are longer
 
 
@@ -29,7 +29,8 @@ def _splits(length, window, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.
     first = length * 0
     if WINDOW:
         first = tl.maximum(length - window, 0) // BN * BN
-    size = tl.maximum(tl.cdiv(length - first, SPLIT * MOST), 1) * SPLIT
+    parts = tl.maximum(tl.minimum(tl.cdiv(length - first, SPLIT), MOST), 1)
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, parts), BN), 1) * BN  # all alike, or some programs end late
     return first, size, tl.maximum(tl.cdiv(length - first, size), 1)
 
 
@@ -203,7 +204,7 @@ def sizes(q: Tensor, value_dim: int, group: int, single: bool, latent: bool) -> 
     if latent:
         return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 3, 1 if single else 0)
     if single:
-        return Sizes(1, heads, keys, 4, 3, 4, 128)
+        return Sizes(1, heads, keys, 4, 3, 8, 128)  # twice as many programs as run at a time: some end early
     return Sizes(max(1, 64 // heads), heads, more, 4 if value_dim <= 128 else 8, 3, 0)
 
 
