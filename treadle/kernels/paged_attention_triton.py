@@ -17,7 +17,7 @@ from torch import Tensor
 
 from treadle.kernels.launch import power_of_two, programs
 
-MOST_REQUESTS, WIDEST = 4096, 256
+MOST_REQUESTS, WIDEST, WIDEST_LATENT = 4096, 256, 512
 FEWEST = 256  # requests that a kernel is compiled for
 SPLIT = 512  # keys of a part, at most
 PARTS_BYTES = 2 << 20  # of a request's parts: where it would have more of them, they are longer
@@ -182,15 +182,13 @@ def _join(
 
 
 class Sizes(NamedTuple):
-    """tokens, heads: of a tile. keys: of a step. programs: of a multiprocessor; 0: one for each tile.
-    registers: at most so many for a thread."""
+    """tokens, heads: of a tile. keys: of a step. registers: at most so many for a thread."""
 
     tokens: int
     heads: int
     keys: int
     warps: int
     stages: int
-    programs: int
     registers: int = 255
 
 
@@ -200,12 +198,12 @@ def sizes(q: Tensor, value_dim: int, group: int, single: bool, latent: bool) -> 
     heads = min(64 if narrow else 16, power_of_two(group))
     keys, more = (max(16, min(64, size // each)) for size in (8192, 16384))
     if not narrow:  # without tensor cores, all operands are in registers
-        return Sizes(1 if single else max(1, 16 // heads), heads, keys, 4, 2, 4 if single else 0)
+        return Sizes(1 if single else max(1, 16 // heads), heads, keys, 4, 2)
     if latent:
-        return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 3, 1 if single else 0)
+        return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 3)
     if single:
-        return Sizes(1, heads, keys, 4, 3, 8, 128)  # twice as many programs as run at a time: some end early
-    return Sizes(max(1, 64 // heads), heads, more, 4 if value_dim <= 128 else 8, 3, 0)
+        return Sizes(1, heads, keys, 4, 3, 128)
+    return Sizes(max(1, 64 // heads), heads, more, 4 if value_dim <= 128 else 8, 3)
 
 
 def unsupported(q: Tensor, keys: Tensor, values: Tensor | None, *rest: Any) -> str | None:
@@ -216,8 +214,10 @@ def unsupported(q: Tensor, keys: Tensor, values: Tensor | None, *rest: Any) -> s
         return "keys and values are of another dtype than queries, or do not lie channel by channel"
     if tables.shape[0] > MOST_REQUESTS:
         return f"more than {MOST_REQUESTS} requests"
-    wide = max(q.shape[-1], value_dim) if values is not None else q.shape[-1] - power_of_two(value_dim)
-    return f"heads of more than {WIDEST} numbers" if wide > WIDEST else None
+    if values is None and (value_dim > WIDEST_LATENT or q.shape[-1] - value_dim > WIDEST_LATENT // 8):
+        return f"latents of more than {WIDEST_LATENT} numbers, with shared keys of more than {WIDEST_LATENT // 8}"
+    wide = values is not None and max(q.shape[-1], value_dim) > WIDEST
+    return f"heads of more than {WIDEST} numbers" if wide else None
 
 
 def paged_attention(
@@ -242,8 +242,8 @@ def paged_attention(
             states = q.new_empty(R, H, splits, 2, dtype=torch.float32)
         BV = max(16, power_of_two(value_dim))
         shared = {"V": value_dim, "WINDOW": window is not None, "SPLIT": SPLIT, "MOST": most, "BN": s.keys, "BV": BV}
-        items = columns * (R * splits if one else triton.cdiv(T, s.tokens) + R)
-        count = programs(q, items, 32 // s.programs) if s.programs else items
+        tiles = columns * (R * splits if one else triton.cdiv(T, s.tokens) + R)
+        count = programs(q, tiles, s.warps) if one else tiles
         _attend[(count,)](
             q, keys, values, tables, lengths, starts, slopes, sinks, out, parts, states, R, H, H // G, columns,
             window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3:2], *v.stride()[:3:2],

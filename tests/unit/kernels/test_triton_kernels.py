@@ -5,8 +5,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from treadle import kernels
 
@@ -45,6 +47,30 @@ def test_attention_to_pages(what: str) -> None:
     findings = run("paged_cases.py", what)
     assert len(findings) >= {"numbers": 28, "invariance": 60, "engine": 2}[what]
     assert [finding for finding in findings if not finding.startswith("ok ")] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "it computes in float32"),
+        ({"keys": torch.bfloat16}, "another dtype"),
+        ({"R": 4097}, "more than 4096 requests"),
+        ({"K": 320}, "heads of more than 256"),
+        ({"K": 640, "V": 576}, "latents of more than 512"),
+        ({"K": 640, "V": 512}, "shared keys of more than 64"),
+        ({"K": 576, "V": 512}, None),
+        ({}, None),
+    ],
+)
+def test_attention_to_pages_that_is_refused(change: dict[str, Any], message: str | None) -> None:
+    from treadle.kernels.paged_attention_triton import unsupported
+
+    about: dict[str, Any] = {"dtype": torch.float32, "R": 2, "K": 64} | change
+    K, V = about["K"], about.get("V", about["K"])
+    shape = (about["R"], 1, 8, 4, 1, K, V, 8, 0, 0, 0, 0)
+    q, keys, values, *rest = kernels.PAGED_ATTENTION.arguments(shape, about["dtype"], "meta")
+    reason = unsupported(q, keys.to(about.get("keys", q.dtype)), values, *rest)
+    assert (reason is None) if message is None else message in reason
 
 
 @pytest.mark.timeout(290)
