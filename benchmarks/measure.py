@@ -109,7 +109,7 @@ def measure(
     clock = Clock(warmup)
     loss = partial(cross_entropy, attention=training.attention)
     loop = Loop(state, training, ConstantConfig(warmup=warmup), loss, [clock], mesh=mesh)
-    loop.run(random_batches(config, mesh, training.steps, document=document, skew=skew))
+    loop.run(list(random_batches(config, mesh, training.steps, document=document, skew=skew)))
     phases, seconds, losses = loop.watch.read(), statistics.median(clock.seconds), clock.losses.copy()
     spread = (max(clock.seconds) - min(clock.seconds)) / seconds
     cuda = device.type == "cuda"
