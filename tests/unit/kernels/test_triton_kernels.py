@@ -36,6 +36,12 @@ def test_numbers_in_the_interpreter() -> None:
     assert [finding for finding in findings if not finding.startswith("ok ")] == []
 
 
+def test_cross_entropy_in_the_interpreter() -> None:
+    findings = run("cross_entropy_cases.py")
+    assert len(findings) == 16
+    assert [finding for finding in findings if not finding.startswith("ok ")] == []
+
+
 @pytest.mark.timeout(290)
 def test_compiled_for_hopper() -> None:
     compiled = [json.loads(line) for line in run("offline.py", *WRITTEN)]
