@@ -1,6 +1,7 @@
 """Operations with kernels of their own. Blocks call these; docs/kernels.md tells which implementation runs."""
 
 from treadle.kernels.adamw import adamw_step
+from treadle.kernels.draw import draw
 from treadle.kernels.expert_rows import combine_rows, spread_rows
 from treadle.kernels.gates import gated_activation
 from treadle.kernels.log_probabilities import log_probabilities
@@ -29,6 +30,7 @@ __all__ = [
     "add_rms_norm",
     "choose",
     "combine_rows",
+    "draw",
     "explain",
     "gated_activation",
     "layer_norm",
