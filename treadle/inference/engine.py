@@ -33,6 +33,7 @@ class EngineConfig(Config):
     memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that weights and cache may take")
     policy: Policy = Field("throughput", description="throughput: prompts first; latency: both in each step")
     ahead: bool = Field(True, description="launch a step before the one before has been read")
+    graphs: bool = Field(True, description="on a GPU, steps without prompts are launched as CUDA graphs")
     reuse: bool = Field(True, description="compute equal beginnings of prompts once")
     max_length: PositiveInt | None = Field(None, description="tokens of a request; null: the model's max_length")
     backend: str = Field("auto", description="of attention")
@@ -50,7 +51,9 @@ class Engine:
         counts = self._page_counts(windows)
         self.tables = Tables(windows, counts, c.page, reuse=c.reuse and not is_recurrent(model))
         self.scheduler = Scheduler(self.tables, slots=c.slots, budget=c.budget, policy=c.policy)
-        self.runner = Runner(model, self.tables, Storage(model, windows, counts, c.page, c.slots), c.slots, c.backend)
+        self.runner = Runner(model, self.tables, Storage(model, windows, counts, c.page, c.slots), c.backend)
+        if c.graphs and model.device.type == "cuda":
+            self.runner.use_graphs(self.max_length)
         self._launched: Launched | None = None
 
     def _page_counts(self, windows: Sequence[int | None]) -> list[int]:
@@ -139,7 +142,7 @@ class Engine:
         """Give the cache's memory back, between requests. `wake` before the next one."""
         if self.busy:
             raise ValueError("requests are running: let them end, or abort them, before the engine sleeps")
-        self.runner.storage.free()
+        self.runner.sleep()
         self.tables.forget()
 
     def wake(self) -> None:

@@ -51,7 +51,7 @@ class Tables:
         whole = [pool for pool, window in zip(self.pools, self.windows, strict=True) if window is None]
         name = b""
         for index in range(pages):
-            name = chain(name, self._tokens(request, index))
+            name = chain(name, request.tokens(index * self.page, (index + 1) * self.page))
             if not all(pool.known(name) for pool in whole):
                 return
             yield name
@@ -68,10 +68,6 @@ class Tables:
         """The first page that a token at position `computed`, or a later one, sees."""
         window = self.windows[kind]
         return 0 if window is None else max(0, computed - window + 1) // self.page
-
-    def _tokens(self, request: Request, index: int) -> list[int]:
-        span = range(index * self.page, (index + 1) * self.page)
-        return [token for position in span if (token := request.token(position)) is not None]
 
     def grow(self, request: Request, length: int) -> bool:
         """Take pages for the request's first `length` tokens. False, and nothing taken, if there are not enough.
@@ -93,7 +89,7 @@ class Tables:
         known = min(request.computed, request.length - request.in_flight)
         while self.reuse and (len(request.names) + 1) * self.page <= known:
             index = len(request.names)
-            request.names.append(chain(request.names[-1] if index else b"", self._tokens(request, index)))
+            request.names.append(chain(request.names[-1] if index else b"", request.tokens(index * self.page, (index + 1) * self.page)))
             for pages, pool in zip(request.pages, self.pools, strict=True):
                 if pages[index] != NOBODY:
                     pool.publish(pages[index], request.names[index])
