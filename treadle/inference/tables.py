@@ -52,7 +52,7 @@ class Tables:
         whole = [pool for pool, window in zip(self.pools, self.windows, strict=True) if window is None]
         name = b""
         for index in range(pages):
-            name = chain(name, request.tokens(index * self.page, (index + 1) * self.page))
+            name = chain(name, self._tokens(request, index))
             if not all(pool.known(name) for pool in whole):
                 return
             yield name
@@ -69,6 +69,9 @@ class Tables:
         """The first page that a token at position `computed`, or a later one, sees."""
         window = self.windows[kind]
         return 0 if window is None else max(0, computed - window + 1) // self.page
+
+    def _tokens(self, request: Request, index: int) -> list[int]:
+        return request.tokens(index * self.page, (index + 1) * self.page)
 
     def grow(self, request: Request, length: int) -> bool:
         """Take pages for the request's first `length` tokens. False, and nothing taken, if there are not enough.
@@ -92,7 +95,7 @@ class Tables:
         known = min(request.computed, request.length - request.in_flight)
         while self.reuse and (len(request.names) + 1) * self.page <= known:
             index = len(request.names)
-            request.names.append(chain(request.names[-1] if index else b"", request.tokens(index * self.page, (index + 1) * self.page)))
+            request.names.append(chain(request.names[-1] if index else b"", self._tokens(request, index)))
             for pages, pool in zip(request.pages, self.pools, strict=True):
                 if pages[index] != NOBODY:
                     pool.publish(pages[index], request.names[index])

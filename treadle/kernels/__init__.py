@@ -17,12 +17,14 @@ from treadle.kernels.operation import (
     name_from_environment,
     use,
 )
+from treadle.kernels.paged_attention import PAGED_ATTENTION
 from treadle.kernels.quantise import quantise_rows
 from treadle.kernels.rope import rope
 
 __all__ = [
     "BACKENDS",
     "OPERATIONS",
+    "PAGED_ATTENTION",
     "Choice",
     "Floor",
     "Operation",
