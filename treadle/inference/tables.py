@@ -71,7 +71,8 @@ class Tables:
         return 0 if window is None else max(0, computed - window + 1) // self.page
 
     def _tokens(self, request: Request, index: int) -> list[int]:
-        return request.tokens(index * self.page, (index + 1) * self.page)
+        span = range(index * self.page, (index + 1) * self.page)
+        return [token for position in span if (token := request.token(position)) is not None]
 
     def grow(self, request: Request, length: int) -> bool:
         """Take pages for the request's first `length` tokens. False, and nothing taken, if there are not enough.
