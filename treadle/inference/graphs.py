@@ -77,7 +77,7 @@ class Decoder:
             facts_XB = torch.zeros(3 + len(self.tables_SP), rows, dtype=torch.int64, device=self.device)
             facts_XB[0] = self.slots
             step = partial(self._step, facts_XB, *key[1:])
-            captured = step if self.stream is None else self._capture(step)
+            captured = step if self.stream is None else self._capture(step, self.stream)
             if captured is None:
                 return None
             self.steps[key] = facts_XB, captured
@@ -144,9 +144,9 @@ class Decoder:
         latest_S[slots_B] = tokens_B
         return tokens_B, logprobs_B
 
-    def _capture(self, step: Callable[[], Found]) -> Callable[[], Found] | None:
+    def _capture(self, step: Callable[[], Found], stream: Any) -> Callable[[], Found] | None:
         """A graph of a step, whose rows are all nobody's by now. None, with a warning, where the step reads numbers."""
-        here, stream = torch.cuda.current_stream(), self.stream
+        here = torch.cuda.current_stream()
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             try:
@@ -155,7 +155,9 @@ class Decoder:
             except RuntimeError as error:
                 if "synchroniz" not in str(error):
                     raise
-                warnings.warn(f"steps run without CUDA graphs, as the model waits for the device: {error}", stacklevel=2)
+                warnings.warn(
+                    f"steps run without CUDA graphs, as the model waits for the device: {error}", stacklevel=2
+                )
                 self.possible = False
                 return None
             finally:
