@@ -1,6 +1,6 @@
-"""The inference engine on one GPU: throughput, latency and time to first token, with random weights of published shapes.
+"""The inference engine on one GPU: throughput, latency, time to first token; random weights of published shapes.
 
-    python benchmarks/serve.py --cases s1,s2,latency,poisson,mla,moe,transformers,step [--json results.json] [slots=512 ...]
+    python benchmarks/serve.py --cases s1,s2,latency,poisson,mla,moe,transformers,step [--json FILE] [slots=512 ...]
 
 s1: Qwen3-0.6B, 256 prompts of 100 to 1,024 tokens, as many new ones, the workload of nano-vllm's benchmark. s2:
 Qwen3-8B, 256 requests of 1,024 tokens in and out. latency: one request at a time, beside the time that reading the
@@ -190,7 +190,7 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
     del engine
     release()
     layer: Any = spec.layers[0]
-    config = transformers.Qwen3Config(
+    shape: dict[str, Any] = dict(
         hidden_size=spec.dim,
         num_hidden_layers=len(spec.expand()),
         num_attention_heads=layer.mixer.heads,
@@ -201,6 +201,7 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
         tie_word_embeddings=True,
         attn_implementation="sdpa",
     )
+    config = transformers.Qwen3Config(**shape)
     other = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(DEVICE).eval()
     asked = transformers.GenerationConfig(max_new_tokens=new, do_sample=True, temperature=0.6, eos_token_id=-1)
     options = {"generation_config": asked, "progress_bar": False, "persistent_manager": True}
