@@ -95,10 +95,9 @@ def _arguments(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Any, ...]
     buffers = [torch.randn(R * width + 1, page, G, size, dtype=dtype, device=device) for size in (K, V)]
     for buffer in buffers if new < 0 else []:
         buffer[0] = float("nan")
-        for row, last in enumerate(lengths):
-            buffer[order[row]].view(-1, G, buffer.shape[-1])
-            for j in range(last, width * page):
-                buffer[order[row, j // page], j % page] = float("nan")
+        for pages, last in zip(order, lengths, strict=True):
+            places = (pages[:, None] * page + torch.arange(page)).flatten()[last:]
+            buffer.flatten(0, 1)[places.to(device)] = float("nan")
     ints = (torch.tensor(x, dtype=torch.int32).to(device) for x in (lengths, [sum(counts[:i]) for i in range(R + 1)]))
     q = torch.randn(sum(counts), H, K, dtype=dtype, device=device)
     extra = (torch.rand(H, device=device) if wanted else None for wanted in (alibi, sinks))

@@ -183,10 +183,13 @@ class Sizes(NamedTuple):
 
 def sizes(q: Tensor, value_dim: int, group: int, single: bool, latent: bool) -> Sizes:
     """Steps of 16 KiB of keys where they are wide, tiles of as many rows as registers hold."""
-    heads = min(64, power_of_two(group))
+    narrow = q.element_size() == 2
+    heads = min(64 if narrow else 16, power_of_two(group))
     keys = max(16, min(64, 16384 // (power_of_two(q.shape[-1]) * q.element_size())))
+    if not narrow:  # without tensor cores, all operands are in registers
+        return Sizes(1 if single else max(1, 16 // heads), heads, keys, 4, 2, 4 if single else 0)
     if latent:
-        return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 2, 2 if single else 0)
+        return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 3, 1 if single else 0)
     if single:
         return Sizes(1, heads, keys, 4, 3, 4)
     rows = 128 if value_dim <= 128 else 64

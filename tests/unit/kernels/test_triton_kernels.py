@@ -37,6 +37,14 @@ def test_numbers_in_the_interpreter() -> None:
 
 
 @pytest.mark.timeout(290)
+@pytest.mark.parametrize("what", ["numbers", "invariance"])
+def test_attention_to_pages(what: str) -> None:
+    findings = run("paged_cases.py", what)
+    assert len(findings) > 20
+    assert [finding for finding in findings if not finding.startswith("ok ")] == []
+
+
+@pytest.mark.timeout(290)
 def test_compiled_for_hopper() -> None:
     compiled = [json.loads(line) for line in run("offline.py", *WRITTEN)]
     assert {kernel["operation"] for kernel in compiled} == set(WRITTEN)
