@@ -190,17 +190,17 @@ def peer(a: argparse.Namespace) -> list[dict[str, Any]]:
     del engine
     release()
     layer: Any = spec.layers[0]
-    shape: dict[str, Any] = dict(
-        hidden_size=spec.dim,
-        num_hidden_layers=len(spec.expand()),
-        num_attention_heads=layer.mixer.heads,
-        num_key_value_heads=layer.mixer.kv_heads,
-        head_dim=layer.mixer.head_dim,
-        intermediate_size=layer.feedforward.dim,
-        vocab_size=spec.vocab_size,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
+    shape: dict[str, Any] = {
+        "hidden_size": spec.dim,
+        "num_hidden_layers": len(spec.expand()),
+        "num_attention_heads": layer.mixer.heads,
+        "num_key_value_heads": layer.mixer.kv_heads,
+        "head_dim": layer.mixer.head_dim,
+        "intermediate_size": layer.feedforward.dim,
+        "vocab_size": spec.vocab_size,
+        "tie_word_embeddings": True,
+        "attn_implementation": "sdpa",
+    }
     config = transformers.Qwen3Config(**shape)
     other = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(DEVICE).eval()
     asked = transformers.GenerationConfig(max_new_tokens=new, do_sample=True, temperature=0.6, eos_token_id=-1)
