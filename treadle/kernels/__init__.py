@@ -20,6 +20,7 @@ from treadle.kernels.operation import (
 from treadle.kernels.paged_attention import PAGED_ATTENTION
 from treadle.kernels.quantise import quantise_rows
 from treadle.kernels.rope import rope
+from treadle.kernels.store_rows import store_rows
 
 __all__ = [
     "BACKENDS",
@@ -41,6 +42,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "spread_rows",
+    "store_rows",
     "use",
 ]
 

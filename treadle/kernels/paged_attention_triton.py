@@ -160,7 +160,9 @@ def _join(
             c = part + tl.arange(0, CHUNK)
             large = tl.load(STATES + (first + c) * 2, c < parts, other=float("-inf"))
             heavy = tl.load(STATES + (first + c) * 2 + 1, c < parts, other=0.0)
-            x = tl.load(PARTS + (first + c)[:, None] * V + v[None, :], (c < parts)[:, None] & (v < V)[None, :], other=0.0)
+            x = tl.load(
+                PARTS + (first + c)[:, None] * V + v[None, :], (c < parts)[:, None] & (v < V)[None, :], other=0.0
+            )
             before, largest = largest, tl.maximum(largest, tl.max(large, 0))
             finite = tl.where(largest == float("-inf"), 0.0, largest)
             fade, share = tl.exp2(before - finite), tl.exp2(large - finite)
