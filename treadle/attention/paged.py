@@ -65,7 +65,8 @@ class PagedCache:
         """Store the new tokens' tensors [1, T, ...]; return all pages, of all requests."""
         buffers, rows = [buffer.flatten(0, 1) for buffer in self.buffers], [tensor[0] for tensor in new]
         if len(new) == 2:
-            store_rows(*(x.flatten(1) for x in (*buffers, *rows)), self.pages.slots_T)
+            a, b, x, y = (x.flatten(1) for x in (*buffers, *rows))
+            store_rows(a, b, x, y, self.pages.slots_T)
         else:
             for buffer, tensor in zip(buffers, rows, strict=True):
                 buffer.index_copy_(0, self.pages.slots_T, tensor.to(buffer.dtype))

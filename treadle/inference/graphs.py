@@ -1,4 +1,4 @@
-"""Steps in which each request has one new token, as CUDA graphs: all kernels of a step, drawing included, in one launch.
+"""Steps in which each request has one new token, as CUDA graphs: all of a step, the draw included, in one launch.
 
 A graph repeats kernels on the same memory. So what a step reads lies in tensors that stay where they are: by slot, the
 last token, the pages, temperature and seed; by row, in one tensor that is copied for each step, who is in which row. A

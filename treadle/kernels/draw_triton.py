@@ -36,7 +36,10 @@ def _gumbel(start, column):
 
 
 @triton.jit
-def _pieces(X, TEMPERATURES, SEEDS, POSITIONS, SCORES, TOKENS, HIGHS, TOTALS, V, BLOCK: tl.constexpr, PIECE: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
+def _pieces(
+    X, TEMPERATURES, SEEDS, POSITIONS, SCORES, TOKENS, HIGHS, TOTALS, V,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(TEMPERATURES + row)
     seed = tl.load(SEEDS + row).to(tl.uint64, bitcast=True)

@@ -1,8 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """Rows into two buffers in Triton: a program takes one row of one of them."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
