@@ -52,10 +52,8 @@ def table(rates: kernels.Floor) -> Iterator[str]:
         for batch, new, context in [*((batch, 1, context) for batch, context in DECODE), *PREFILL]:
             time, floor = measured(batch, new, context, heads)
             moved, computed = floor.bytes / time * 1e6, floor.flops / time * 1e6
-            yield (
-                f"| {heads} | {batch} | {new} | {context} | {time:.1f} | {moved / 1e12:.2f} | {moved / rates.bytes:.0%} | "
-                f"{computed / 1e12:.0f} | {computed / rates.flops:.0%} |"
-            )
+            shares = f"{moved / rates.bytes:.0%} | {computed / 1e12:.0f} | {computed / rates.flops:.0%}"
+            yield f"| {heads} | {batch} | {new} | {context} | {time:.1f} | {moved / 1e12:.2f} | {shares} |"
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ def _definition(
 ) -> Tensor:
     """Request by request, in float32 or wider.  -> out_THV
 
-    keys, values: [pages, tokens of a page, G, K or V]; without values they are the first value_dim channels of the keys.
+    keys, values: [pages, tokens of a page, G, K or V]; values None: they are the first value_dim channels of the keys.
     tables_RW: int32, the pages of each request. lengths_R: int32, its tokens, new ones included; without any, its new
-    tokens give zeros. starts_N: int32, where its new tokens begin in the row; at the end T. single: no request has more
-    than one. window, scale, softcap, slopes, sinks: as `AttentionFacts` has them.
+    tokens give zeros. starts_N: int32, where its new tokens begin in the row; at the end T. single: no request has
+    more than one. window, scale, softcap, slopes, sinks: as `AttentionFacts` has them.
     """
     wide, G = torch.promote_types(q_THK.dtype, torch.float32), keys.shape[2]
     out_THV = q_THK.new_zeros(*q_THK.shape[:2], value_dim)

@@ -2,8 +2,8 @@
 """Attention to pages in Triton. One kernel for requests with one new token and for those with more, run once for each.
 
 A tile is some new tokens of a request, the heads that share a key-value head, and a range of keys. A request with one
-new token has few rows to fill the machine with, so its keys are split, and a second kernel joins the parts. How they are
-split follows from the request's own length alone: what it computes does not depend on who else is in the batch, nor on
+new token has few rows to fill the machine with, so its keys are split, and a second kernel joins the parts. How they
+are split follows from the request's own length alone: its output does not depend on who else is in the batch, nor on
 the width of the table. Programs find their tiles from the lengths, on the device: the grid depends on shapes only, and
 tables may be wider than needed.
 """
@@ -35,11 +35,20 @@ def _splits(length, window, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.
 
 @triton.jit
 def _page(TABLE, j0, n, end, PAGE: tl.constexpr, BN: tl.constexpr):
-    """The page of the keys from j0 on, or that of each. It is looked up a step ahead: the keys themselves wait for it."""
+    """The page of the keys from j0 on, or that of each. Looked up a step ahead, since the keys wait for it."""
     if PAGE % BN == 0:
         return tl.load(TABLE + j0 // PAGE, j0 < end, other=0).to(tl.int64)
     else:
         return tl.load(TABLE + (j0 + n) // PAGE, j0 + n < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def _rows(X, page, j0, n, g, x_page, x_place, x_head, PAGE: tl.constexpr, BN: tl.constexpr):
+    """Where the keys or values from j0 on lie."""
+    if PAGE % BN == 0:
+        return X + (page * x_page + j0 % PAGE * x_place + g * x_head) + (n * x_place)[:, None]
+    else:
+        return X + (page * x_page + (j0 + n) % PAGE * x_place + g * x_head)[:, None]
 
 
 @triton.jit
@@ -97,24 +106,23 @@ def _attend(
         following = _page(TABLES + r * table_row, begin, n, end, PAGE, BN)
         for j0 in range(begin, end, BN):
             j, page = j0 + n, following
-            place = (j0 % PAGE + n) if PAGE % BN == 0 else j % PAGE
             following = _page(TABLES + r * table_row, j0 + BN, n, end, PAGE, BN)
-            at = (page * k_page + place * k_place + g * k_head)[:, None]
+            at = _rows(KEYS, page, j0, n, g, k_page, k_place, k_head, PAGE, BN)
             if BT > 0:  # the first V channels are the value too
                 here = (j < end)[:, None]
-                x = tl.load(KEYS + at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
-                tail = tl.load(KEYS + at + t[None, :], here if K - V == BT else here & (t < K)[None, :], other=0.0)
+                x = tl.load(at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
+                tail = tl.load(at + t[None, :], here if K - V == BT else here & (t < K)[None, :], other=0.0)
                 scores = tl.dot(q, tl.trans(x), input_precision="ieee")
                 scores = tl.dot(q_tail, tl.trans(tail), scores, input_precision="ieee")
             else:
                 if K == BK:
-                    x = tl.load(KEYS + at + k[None, :])
+                    x = tl.load(at + k[None, :])
                 else:
-                    x = tl.load(KEYS + at + k[None, :], (k < K)[None, :], other=0.0)
+                    x = tl.load(at + k[None, :], (k < K)[None, :], other=0.0)
                 scores = tl.dot(q, tl.trans(x), input_precision="ieee")
-                v_at = (page * v_page + place * v_place + g * v_head)[:, None]
+                v_at = _rows(VALUES, page, j0, n, g, v_page, v_place, v_head, PAGE, BN)
                 here = (j < end)[:, None]
-                x = tl.load(VALUES + v_at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
+                x = tl.load(v_at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
             if SOFTCAP:
                 scores = softcap - 2 * softcap / (tl.exp2(scores * (scale / softcap * 2 * LOG2E)) + 1)
                 scores *= LOG2E
@@ -160,9 +168,8 @@ def _join(
             c = part + tl.arange(0, CHUNK)
             large = tl.load(STATES + (first + c) * 2, c < parts, other=float("-inf"))
             heavy = tl.load(STATES + (first + c) * 2 + 1, c < parts, other=0.0)
-            x = tl.load(
-                PARTS + (first + c)[:, None] * V + v[None, :], (c < parts)[:, None] & (v < V)[None, :], other=0.0
-            )
+            inside = (c < parts)[:, None] & (v < V)[None, :]
+            x = tl.load(PARTS + (first + c)[:, None] * V + v[None, :], inside, other=0.0)
             before, largest = largest, tl.maximum(largest, tl.max(large, 0))
             finite = tl.where(largest == float("-inf"), 0.0, largest)
             fade, share = tl.exp2(before - finite), tl.exp2(large - finite)
@@ -173,7 +180,8 @@ def _join(
 
 
 class Sizes(NamedTuple):
-    """tokens, heads: of a tile. keys: of a step. programs: of a multiprocessor; 0: one for each tile."""
+    """tokens, heads: of a tile. keys: of a step. programs: of a multiprocessor; 0: one for each tile.
+    registers: at most so many for a thread."""
 
     tokens: int
     heads: int
@@ -181,21 +189,22 @@ class Sizes(NamedTuple):
     warps: int
     stages: int
     programs: int
+    registers: int = 255
 
 
 def sizes(q: Tensor, value_dim: int, group: int, single: bool, latent: bool) -> Sizes:
-    """Steps of 16 KiB of keys where they are wide, tiles of as many rows as registers hold."""
-    narrow = q.element_size() == 2
+    """By what was measured; docs/benchmarks.md tells how fast they are."""
+    narrow, each = q.element_size() == 2, power_of_two(q.shape[-1]) * q.element_size()
     heads = min(64 if narrow else 16, power_of_two(group))
-    keys = max(16, min(64, 16384 // (power_of_two(q.shape[-1]) * q.element_size())))
+    keys, more = (max(16, min(64, size // each)) for size in (8192, 16384))
     if not narrow:  # without tensor cores, all operands are in registers
         return Sizes(1 if single else max(1, 16 // heads), heads, keys, 4, 2, 4 if single else 0)
     if latent:
         return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 3, 1 if single else 0)
     if single:
-        return Sizes(1, heads, keys, 4, 3, 4)
+        return Sizes(1, heads, keys, 4, 3, 4, 128)
     rows = 128 if value_dim <= 128 else 64
-    return Sizes(max(1, rows // heads), heads, keys, 8, 3, 0)
+    return Sizes(max(1, rows // heads), heads, more, 8, 3, 0)
 
 
 def unsupported(q: Tensor, keys: Tensor, values: Tensor | None, *rest: Any) -> str | None:
@@ -237,9 +246,10 @@ def paged_attention(
         _attend[(count,)](
             q, keys, values, tables, lengths, starts, slopes, sinks, out, parts, states, R, H, H // G, columns,
             window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3], *v.stride()[:3], tables.stride(0),
-            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)), TOKENS=s.tokens,
-            HEADS=s.heads, BM=max(16, s.tokens * s.heads), BK=BV if tail else max(16, power_of_two(K)), BT=tail,
-            **shared, num_warps=s.warps, num_stages=s.stages,
+            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)),
+            TOKENS=s.tokens, HEADS=s.heads, BM=max(16, s.tokens * s.heads),
+            BK=BV if tail else max(16, power_of_two(K)), BT=tail, **shared,
+            num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
         )  # fmt: skip
         if parts is not None:
             tensors = parts, states, lengths, starts, out
