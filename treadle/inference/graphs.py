@@ -150,7 +150,7 @@ class Decoder:
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             try:
-                torch.cuda.set_sync_debug_mode("error")
+                _forbid_waiting(True)
                 step()  # kernels are compiled, libraries take their memory
             except RuntimeError as error:
                 if "synchroniz" not in str(error):
@@ -161,7 +161,7 @@ class Decoder:
                 self.possible = False
                 return None
             finally:
-                torch.cuda.set_sync_debug_mode("default")
+                _forbid_waiting(False)
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             # Without the context manager of PyTorch's, which would also empty the allocator's cache.
@@ -182,6 +182,13 @@ class Decoder:
     def _pinned(self, values: Any) -> Tensor:
         host = torch.from_numpy(values)
         return host if self.device.type == "cpu" else host.pin_memory()
+
+
+def _forbid_waiting(forbid: bool) -> None:
+    """Whether it is an error to wait for the device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that PyTorch does not notice everything
+        torch.cuda.set_sync_debug_mode("error" if forbid else "default")
 
 
 def rows_for(requests: int, slots: int) -> int:
