@@ -48,7 +48,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"treadle serve needs {error.name}; install it: pip install 'treadle[serve]'") from None
-    from treadle.api import find_run
+    from treadle.api import find_model
     from treadle.config import resolve
     from treadle.data.chat import ChatTemplate
     from treadle.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def serve(
     from treadle.inference.load import tokenizer_folder
     from treadle.inference.process import EngineProcess
 
-    folder = Path(model) if Path(model).is_dir() else find_run(model, root)
+    folder = find_model(model, root)
     config = resolve(EngineConfig, {}, overrides or [])
     place = tokenizer_folder(folder)
     tokenizer = Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None

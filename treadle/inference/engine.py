@@ -116,7 +116,7 @@ class Engine:
 
     def score(self, texts: Iterable[Sequence[int]]) -> list[list[float]]:
         """The log probability of each token but the first, given those before it, in nats."""
-        asked = Sampling(max_tokens=1, temperature=0, prompt_logprobs=True)
+        asked = Sampling(max_tokens=0, temperature=0, prompt_logprobs=True)
         return [[each.logprob for each in done.prompt_logprobs] for done in self.generate(texts, asked)]
 
     def update_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -191,6 +191,9 @@ class Engine:
         for row, (request, token) in enumerate(zip(launched.requests, launched.sampled.tokens_R.tolist(), strict=True)):
             request.in_flight -= 1
             if request.status is Status.FINISHED:
+                continue
+            if not request.sampling.max_tokens:
+                self._finish(request, "length")
                 continue
             request.outputs.append(token)
             if request.sampling.logprobs is not None:

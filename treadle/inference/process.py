@@ -6,6 +6,7 @@ The two exchange messages over a pipe: requests and aborts one way, new tokens o
 import asyncio
 import contextlib
 import multiprocessing
+import queue
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -55,7 +56,7 @@ class EngineProcess:
         there.close()
         self._queues: dict[int, asyncio.Queue[Update | Exception]] = {}
         self._numbers = iter(range(1 << 62))
-        self._lock = threading.Lock()
+        self._outbox = queue.SimpleQueue[Any]()  # a full pipe blocks its own thread, not the event loop
         self.load, self.error = Load(), ""
 
     async def start(self) -> int:
@@ -67,7 +68,8 @@ class EngineProcess:
             raise EngineDied("the engine's process ended before it was ready; its own error is above") from None
         if isinstance(ready, Exception):
             raise ready
-        threading.Thread(target=self._listen, daemon=True).start()
+        for loop in (self._listen, self._send):
+            threading.Thread(target=loop, daemon=True).start()
         return int(ready)
 
     @property
@@ -81,12 +83,14 @@ class EngineProcess:
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Update, None]:
         """Updates until the request ends. Whoever stops listening aborts it. Raises what `Engine.add` raises."""
-        number, queue = next(self._numbers), asyncio.Queue[Update | Exception]()
-        self._queues[number] = queue
+        if self.error:
+            raise EngineDied(self.error)
+        number, news = next(self._numbers), asyncio.Queue[Update | Exception]()
+        self._queues[number] = news
         try:
-            self._send(("add", number, prompt, sampling))
+            self._outbox.put(("add", number, prompt, sampling))
             while True:
-                update = await queue.get()
+                update = await news.get()
                 if isinstance(update, Exception):
                     raise update
                 yield update
@@ -94,21 +98,17 @@ class EngineProcess:
                     return
         finally:
             del self._queues[number]
-            if self.alive:
-                with contextlib.suppress(EngineDied):
-                    self._send(("abort", number))  # of no effect on one that has ended
+            self._outbox.put(("abort", number))  # of no effect on one that has ended
 
     def stop(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
         self._process.join(10)
 
-    def _send(self, message: Any) -> None:
-        try:
-            with self._lock:
-                self._connection.send(message)
-        except (BrokenPipeError, OSError):
-            raise EngineDied(self.error or "the engine's process is gone") from None
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # the process is gone, which `_listen` says
+            while True:
+                self._connection.send(self._outbox.get())
 
     def _listen(self) -> None:
         while True:
@@ -129,8 +129,8 @@ class EngineProcess:
     def _died(self) -> None:
         self._process.join(5)
         self.error = f"the engine's process ended with code {self._process.exitcode}; its own error is in the log"
-        for queue in self._queues.values():
-            queue.put_nowait(EngineDied(self.error))
+        for news in self._queues.values():
+            news.put_nowait(EngineDied(self.error))
 
 
 def _work(connection: Connection, make: Callable[[], Engine]) -> None:

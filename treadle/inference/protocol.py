@@ -1,9 +1,11 @@
 """OpenAI's completions API as data: what a body may say, and what is answered."""
 
+import codecs
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from treadle.config.base import nearest
 from treadle.data.tokenizer import Tokenizer
@@ -37,6 +39,13 @@ class Body(BaseModel):
     min_tokens: int = Field(0, ge=0)
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
 
     @property
     def stops(self) -> list[str]:
@@ -104,6 +113,18 @@ def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
     return key, f"{key}: {first['msg']}{given}"
 
 
+ENGINES_NAMES = {"stop_tokens": "stop_token_ids"}  # where the engine calls a key of the body by another name
+
+
+def blamed(message: str, body: type[BaseModel]) -> tuple[str | None, str]:
+    """(key of the body, message) of an error, which begins with the key that it is about; None: about no key."""
+    found = re.match(r"(\w+)[\w.\[\]]*: ", message)
+    key = ENGINES_NAMES.get(found[1], found[1]) if found else ""
+    if found and key != found[1]:
+        message = key + message[len(found[1]) :]
+    return (key, message) if key in body.model_fields else (None, message)
+
+
 def bytes_of(tokenizer: Tokenizer | None, token: int) -> bytes:
     """A token's text; nothing where it has none, as those that only fill up a model's vocabulary."""
     return b"" if tokenizer is None or token >= tokenizer.vocab_size else tokenizer.token(token)
@@ -113,21 +134,31 @@ def text_of(tokenizer: Tokenizer | None, token: int) -> str:
     return bytes_of(tokenizer, token).decode(errors="replace") or f"token_id:{token}"
 
 
-def completion_logprobs(tokenizer: Tokenizer | None, found: Sequence[Logprob | None], tokens: Sequence[int]) -> Any:
+class Offsets:
+    """Where in a text its tokens begin, in characters; where one is split, that is the place of the character."""
+
+    def __init__(self, tokenizer: Tokenizer | None):
+        self._tokenizer, self._characters = tokenizer, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def next(self, token: int) -> int:
+        before = self._characters
+        self._characters += len(self._decoder.decode(bytes_of(self._tokenizer, token)))
+        return before
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer | None, found: Sequence[Logprob | None], tokens: Sequence[int], offsets: Offsets
+) -> Any:
     """Of a completion: lists of the same length. found: None for a prompt's first token."""
-    names, offset = [text_of(tokenizer, token) for token in tokens], 0
-    offsets = []
-    for name in names:
-        offsets.append(offset)
-        offset += len(name)
     return {
-        "tokens": names,
+        "tokens": [text_of(tokenizer, token) for token in tokens],
         "token_logprobs": [None if each is None else each.logprob for each in found],
         "top_logprobs": [
             None if each is None else {text_of(tokenizer, token): value for token, value in each.top.items()}
             for each in found
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(token) for token in tokens],
     }
 
 

@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort"]
 class Sampling(Config):
     """How tokens are chosen and when a request ends."""
 
-    max_tokens: PositiveInt = Field(256, description="new tokens at most")
+    max_tokens: NonNegativeInt = Field(256, description="new tokens at most; 0: the prompt is only read")
     min_tokens: NonNegativeInt = Field(0, description="new tokens before which nothing ends the text")
     temperature: NonNegativeFloat = Field(1.0, description="0 is greedy")
     top_k: PositiveInt | None = Field(None, description="keep the k likeliest tokens; null: all")
@@ -57,7 +57,8 @@ class Request:
     computed: tokens whose part of the cache is there, or will be after the steps that were launched.
     in_flight: sampled tokens that were launched and are not known here yet.
     pages: for each kind of layers the pages of its tokens, in order.
-    names: of the pages that are full, one after the other.
+    names: of its full pages, one after the other, as far as anybody has asked. They depend on its tokens only.
+    published: so many of its pages can be found by their names.
     slot: its place in the tensors of the batch, while it runs.
     """
 
@@ -74,6 +75,7 @@ class Request:
     in_flight: int = 0
     pages: list[list[int]] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
+    published: int = 0
     slot: int | None = None
     ends: frozenset[int] = frozenset()  # tokens that end the text
     extra: Any = None  # whatever the caller wants to find again
@@ -91,7 +93,7 @@ class Request:
     @property
     def exhausted(self) -> bool:
         """Nothing more is to be sampled, if only what is in flight arrives."""
-        return len(self.outputs) + self.in_flight >= self.sampling.max_tokens
+        return len(self.outputs) + self.in_flight >= max(self.sampling.max_tokens, 1)  # one is drawn in any case
 
     @property
     def place(self) -> int:

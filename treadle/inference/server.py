@@ -24,6 +24,8 @@ from treadle.inference.protocol import (
     Body,
     ChatBody,
     CompletionBody,
+    Offsets,
+    blamed,
     chat_logprobs,
     completion_logprobs,
     problem,
@@ -55,6 +57,7 @@ class Choice:
     """One answer as it comes."""
 
     stream: TextStream | None
+    offsets: Offsets
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
@@ -98,8 +101,7 @@ def make_app(serving: Serving) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        body = ChatBody if request.url.path.endswith("chat/completions") else CompletionBody
-        key, message = problem(error.errors(), body)
+        key, message = problem(error.errors(), _body(request))
         return _error(400, message, "invalid_value", key)
 
     @app.exception_handler(TreadleError)
@@ -110,7 +112,8 @@ def make_app(serving: Serving) -> FastAPI:
         elif isinstance(error, EngineDied):
             status, code = 503, "engine_died"
         meters.requests.labels(code).inc()
-        return _error(status, str(error), code)
+        key, message = blamed(str(error), _body(request))
+        return _error(status, message, code, key)
 
     @app.exception_handler(HTTPException)
     async def no_such_path(request: Request, error: HTTPException) -> Response:
@@ -161,7 +164,7 @@ def make_app(serving: Serving) -> FastAPI:
         asked = [
             body.sampling(
                 index,
-                max_tokens=max(body.max_tokens, 1),
+                max_tokens=body.max_tokens,
                 logprobs=ranked,
                 prompt_logprobs=body.echo and body.logprobs is not None,
             )
@@ -314,7 +317,7 @@ class Answer:
     def completion_piece(self, index: int, choice: Choice, piece: str, known: list[Logprob]) -> dict[str, Any]:
         wanted = isinstance(self.body, CompletionBody) and self.body.logprobs is not None
         tokens = [each.token for each in known]
-        found = completion_logprobs(self.serving.tokenizer, known, tokens) if wanted else None
+        found = completion_logprobs(self.serving.tokenizer, known, tokens, choice.offsets) if wanted else None
         return {"index": index, "text": piece, "logprobs": found, "finish_reason": choice.finish}
 
     def chat_piece(self, index: int, choice: Choice, piece: str, known: list[Logprob]) -> dict[str, Any]:
@@ -324,7 +327,7 @@ class Answer:
 
     def _choice(self) -> Choice:
         tokenizer = self.serving.tokenizer
-        return Choice(None if tokenizer is None else TextStream(tokenizer, self.body.stops))
+        return Choice(None if tokenizer is None else TextStream(tokenizer, self.body.stops), Offsets(tokenizer))
 
     def _admit(self, wanted: Wanted) -> None:
         serving = self.serving
@@ -385,30 +388,36 @@ def _best(choices: Sequence[Choice], n: int) -> Sequence[Choice]:
 def _completion(
     serving: Serving, body: CompletionBody, index: int, prompt: list[int], choice: Choice
 ) -> dict[str, Any]:
-    text, tokens = choice.text, choice.tokens if body.max_tokens else []
-    found: list[Logprob | None] = list(choice.logprobs[: len(tokens)])
-    if not body.max_tokens:
-        text = ""
+    text, tokens = choice.text, choice.tokens
+    found: list[Logprob | None] = list(choice.logprobs)
     if body.echo:
         text = (serving.tokenizer.decode(prompt) if serving.tokenizer is not None else "") + text
         tokens, found = [*prompt, *tokens], [None, *choice.prompt_logprobs, *found]
-    logprobs = completion_logprobs(serving.tokenizer, found, tokens) if body.logprobs is not None else None
+    wanted = body.logprobs is not None
+    logprobs = completion_logprobs(serving.tokenizer, found, tokens, choice.offsets) if wanted else None
     entry = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
     return entry if serving.tokenizer is not None else {**entry, "tokens": tokens}
 
 
 def _usage(wanted: Wanted, choices: Sequence[Choice]) -> dict[str, Any]:
-    prompts = {id(prompt): len(prompt) for prompt, _ in wanted}  # several choices share a prompt
+    """Several choices share a prompt, which counts once. The first of them that ran has computed it for the others."""
+    prompts = {id(prompt): len(prompt) for prompt, _ in wanted}
+    cached = dict(prompts)
+    for (prompt, _), choice in zip(wanted, choices, strict=True):
+        cached[id(prompt)] = min(cached[id(prompt)], choice.cached)
     given, made = sum(prompts.values()), sum(len(choice.tokens) for choice in choices)
-    cached = {"cached_tokens": max((choice.cached for choice in choices), default=0)}
     total = {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
-    return {**total, "prompt_tokens_details": cached}
+    return {**total, "prompt_tokens_details": {"cached_tokens": sum(cached.values())}}
 
 
 async def _gone(request: Request) -> None:
     """Returns when the client has closed the connection."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.2)
+
+
+def _body(request: Request) -> type[Body]:
+    return ChatBody if request.url.path.endswith("chat/completions") else CompletionBody
 
 
 def _check(serving: Serving, name: str | None) -> None:

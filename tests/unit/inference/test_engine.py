@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 import treadle
 from treadle.errors import ConfigError
+from treadle.inference import tables
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.generate import stream
+from treadle.inference.pages import chain
 from treadle.inference.request import Request, Sampling, Status
 from treadle.nn.transformer import Transformer
 
@@ -145,6 +147,22 @@ def test_pages_are_preempted_and_prompts_do_not_starve_others() -> None:
         if first.status is Status.FINISHED:
             break
     assert first.outputs == alone(model, [1, 2, 3], 10)
+
+
+def test_a_request_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[int] = []
+
+    def counted(before: bytes, tokens: Any) -> bytes:
+        named.append(len(tokens))
+        return chain(before, tokens)
+
+    monkeypatch.setattr(tables, "chain", counted)
+    engine = Engine(MODELS["attention"], EngineConfig(slots=4, page=4, cache_tokens=96))
+    prompts = [[number] * 48 for number in (1, 2, 3)]  # two of them fill the cache
+    done = engine.generate(prompts, Sampling(max_tokens=20, temperature=0))
+    assert [request.outputs for request in done] == [alone(MODELS["attention"], prompt, 20) for prompt in prompts]
+    assert engine.scheduler.preemptions > 0
+    assert len(named) == sum((48 + 20 - 1) // 4 for _ in prompts)  # the last token never becomes part of a page
 
 
 def test_scores_are_those_of_the_whole_text_however_it_is_cut() -> None:

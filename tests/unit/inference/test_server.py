@@ -132,6 +132,58 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(client: openai.OpenAI, m
     assert list((found.top_logprobs or [])[1].values()) == pytest.approx([expected[0].max().item()], abs=1e-4)
 
 
+def test_a_prompt_that_is_only_read_makes_no_token(client: openai.OpenAI) -> None:
+    """max_tokens 0 leaves the whole of max_length=128 to the prompt."""
+    done = client.completions.create(model="tiny", prompt="x" * 128, max_tokens=0, echo=True, logprobs=0)
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (128, 0, 128)
+    assert done.choices[0].finish_reason == "length"
+    assert done.choices[0].logprobs is not None
+    assert len(done.choices[0].logprobs.token_logprobs or []) == 128
+
+
+def test_offsets_of_tokens_are_places_in_the_text_streamed_or_whole(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "é", "max_tokens": 30, "seed": 2, "logprobs": 0}
+    letters = {"logit_bias": {str(byte): 100 for byte in b"abc"}}
+    for more in ({}, letters):
+        whole = client.completions.create(**asked, **more).choices[0]
+        pieces = [piece.choices[0] for piece in client.completions.create(**asked, **more, stream=True)]
+        offsets = [offset for piece in pieces if piece.logprobs for offset in piece.logprobs.text_offset or []]
+        assert whole.logprobs is not None
+        assert offsets == whole.logprobs.text_offset
+        assert offsets == (sorted(offsets) if not more else list(range(30)))
+    echoed = client.completions.create(model="tiny", prompt="aé漢b", max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert echoed.logprobs is not None
+    assert echoed.logprobs.text_offset == [0, 1, 1, 2, 2, 2, 3]  # a token for each byte
+
+
+def test_cached_tokens_were_there_before_the_request(client: openai.OpenAI) -> None:
+    """A prompt counts once, however many choices share it, and is not cached because another choice has computed it."""
+
+    def cached(prompt: Any, n: int) -> tuple[int, int]:
+        usage = client.completions.create(model="tiny", prompt=prompt, max_tokens=1, n=n).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        return usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens or 0
+
+    first, second = "fresh " * 8, "other " * 8  # 48 tokens, in pages of 8; the last token is always computed
+    assert cached(first, 4) == (48, 0)
+    assert cached(first, 4) == (48, 40)
+    assert cached(second, 1) == (48, 0)
+    assert cached([first, second], 3) == (96, 80)
+
+
+def test_a_null_is_the_same_as_nothing(client: openai.OpenAI, server: Server) -> None:
+    nothing = dict.fromkeys(("temperature", "top_p", "n", "stream", "stop", "logit_bias", "min_p", "max_tokens"))
+    with server.client() as raw:
+        done = raw.post("/v1/completions", json={"prompt": "hello", "seed": 4, **nothing}).json()
+        assert raw.post("/v1/completions", json={"prompt": "a", "max_token": None}).status_code == 400
+    expected = client.completions.create(model="tiny", prompt="hello", seed=4)
+    assert done["choices"][0]["text"] == expected.choices[0].text
+    assert expected.usage is not None
+    assert done["usage"]["completion_tokens"] == expected.usage.completion_tokens
+
+
 def test_a_chat_goes_through_the_template(client: openai.OpenAI, model: Any) -> None:
     messages: Any = [{"role": "user", "content": "hi"}]
     done = client.chat.completions.create(
@@ -193,8 +245,27 @@ def test_a_bad_body_says_what_is_wrong(server: Server, path: str, body: Any, sta
     with server.client() as client:
         answer = send(client, body)
         assert answer.status_code == status, answer.text
-        assert said in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert said in error["message"]
+        assert error["param"] is None or error["message"].startswith(error["param"])
         assert send(client, {**body, "stream": True}).status_code == status
+
+
+def test_an_error_names_the_key_of_the_body(server: Server) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": "a", "stop_token_ids": [999]}, "stop_token_ids"),
+        ({"prompt": [5000]}, "prompt"),
+        ({"prompt": "a", "max_tokens": 1000}, "max_tokens"),
+        ({"prompt": "a", "model": "other"}, "model"),
+        ({"prompt": "a", "stream": True, "echo": True}, "stream"),
+        ({"prompt": "a", "logit_bias": {"999": 1}}, "logit_bias"),
+        ({"prompt": "a", "top_p": 2}, "top_p"),
+    ]
+    with server.client() as client:
+        for body, key in cases:
+            assert client.post("/v1/completions", json=body).json()["error"]["param"] == key
+        chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 200}]})
+        assert chat.json()["error"]["param"] == "messages"
 
 
 def test_the_key_is_asked_for_and_broken_json_is_no_crash(server: Server) -> None:
