@@ -82,7 +82,7 @@ def make_engine(folder: Path, config: Any, device: str, dtype: str, imports: lis
         dtype=None if dtype == "auto" else DTYPES[dtype],  # type: ignore[index]
         imports=imports,
     )
-    return Engine(loaded, config, eos=None if tokenizer is None else tokenizer.eos_id)
+    return Engine(loaded, config, tokenizer=tokenizer)
 
 
 def _listen(

@@ -12,7 +12,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from treadle.config import Config
+from treadle.data.tokenizer import Tokenizer
 from treadle.errors import ConfigError
+from treadle.inference.constrained import Grammars
 from treadle.inference.request import FinishReason, Request, Sampling, Status
 from treadle.inference.runner import Launched, Runner, Storage, is_recurrent, windows_of
 from treadle.inference.scheduler import Policy, Scheduler
@@ -41,9 +43,18 @@ class EngineConfig(Config):
 class Engine:
     """Serves one model. Not thread-safe: one thread calls it."""
 
-    def __init__(self, model: Transformer, config: EngineConfig | None = None, *, eos: int | None = None):
-        """eos: the token that ends a text."""
-        self.model, self.config, self.eos = model.eval(), config or EngineConfig(), eos
+    def __init__(
+        self,
+        model: Transformer,
+        config: EngineConfig | None = None,
+        *,
+        eos: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ):
+        """eos: the token that ends a text; None: the tokenizer's. tokenizer: without one, texts have no constraints."""
+        self.model, self.config = model.eval(), config or EngineConfig()
+        self.eos = tokenizer.eos_id if eos is None and tokenizer is not None else eos
+        self._grammars = Grammars(tokenizer, model.config.vocab_size or 0)
         c = self.config
         self.max_length = min(c.max_length or model.config.max_length, model.config.max_length)
         windows = windows_of(model)
@@ -96,6 +107,11 @@ class Engine:
         self._check_tokens(sampling, vocabulary)
         if not self.runner.storage.layers:
             raise ConfigError("the engine sleeps and has no cache; wake() it first")
+        if sampling.constraint is not None:
+            if sampling.ignore_eos or sampling.min_tokens:
+                key = "ignore_eos" if sampling.ignore_eos else "min_tokens"
+                raise ConfigError(f"{key}: not with a constraint, which says itself where the text may end")
+            request.matcher = self._grammars.matcher(sampling.constraint)
         self.scheduler.add(request)
         return request
 
@@ -196,6 +212,8 @@ class Engine:
                 self._finish(request, "length")
                 continue
             request.outputs.append(token)
+            if request.matcher is not None:
+                request.matcher.consume_token(token)
             if request.sampling.logprobs is not None:
                 request.logprobs.append(launched.sampled.token(row, request.sampling.logprobs))
             new.append((request, token))

@@ -1,17 +1,55 @@
 """OpenAI's completions API as data: what a body may say, and what is answered."""
 
 import codecs
+import json
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from treadle.config.base import nearest
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import ConfigError
-from treadle.inference.request import Logprob, Sampling
+from treadle.inference.request import Constraint, Logprob, Sampling
 from treadle.inference.text import encode_prompt
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None  # unused
+    description: str | None = None  # unused
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # the schema is followed in any case
+
+
+class ResponseFormat(BaseModel):
+    """What the text has to be. `regex` and `grammar` are not OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _has_what_it_names(self) -> Self:
+        for key in ("json_schema", "regex", "grammar"):
+            if (getattr(self, key) is None) == (self.type == key):
+                raise ValueError(f"type '{self.type}' goes {'with' if self.type == key else 'without'} '{key}'")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        if self.type == "text":
+            return None
+        if self.type in ("json_object", "json_schema"):
+            schema = {"type": "object"} if self.json_schema is None else self.json_schema.schema_
+            return Constraint(form="json_schema", source=json.dumps(schema))
+        form: Literal["regex", "grammar"] = "regex" if self.regex is not None else "grammar"
+        return Constraint(form=form, source=self.regex or self.grammar or "")
 
 
 class Body(BaseModel):
@@ -29,6 +67,7 @@ class Body(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[int, float] | None = None
+    response_format: ResponseFormat | None = None
     seed: int | None = None
     user: str | None = None  # unused
     metadata: dict[str, Any] | None = None  # unused
@@ -61,6 +100,7 @@ class Body(BaseModel):
         values: dict[str, Any] = {name: getattr(self, name) for name in (*same, "min_tokens", "ignore_eos")}
         values |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         values |= {"logit_bias": self.logit_bias or {}, "stop_tokens": tuple(self.stop_token_ids)}
+        values["constraint"] = None if self.response_format is None else self.response_format.constraint
         return Sampling(**values, seed=None if self.seed is None else self.seed + index)
 
 
@@ -113,7 +153,7 @@ def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
     return key, f"{key}: {first['msg']}{given}"
 
 
-ENGINES_NAMES = {"stop_tokens": "stop_token_ids"}  # where the engine calls a key of the body by another name
+ENGINES_NAMES = {"stop_tokens": "stop_token_ids", "constraint": "response_format"}  # where the engine calls a key of the body by another name
 
 
 def blamed(message: str, body: type[BaseModel]) -> tuple[str | None, str]:

@@ -12,6 +12,13 @@ from treadle.config import Config
 FinishReason = Literal["stop", "length", "abort"]
 
 
+class Constraint(Config):
+    """What a text has to be, from its first token on."""
+
+    form: Literal["json_schema", "regex", "grammar"] = Field(description="grammar: of Lark, as llguidance reads it")
+    source: str = Field(description="the schema, the expression or the grammar")
+
+
 class Sampling(Config):
     """How tokens are chosen and when a request ends."""
 
@@ -28,6 +35,7 @@ class Sampling(Config):
     seed: int | None = Field(None, description="the same gives the same text, in whatever company; null: any")
     stop_tokens: tuple[int, ...] = Field((), description="tokens that end the output, beside the end-of-text token")
     ignore_eos: bool = Field(False, description="go on after the end-of-text token")
+    constraint: Constraint | None = Field(None, description="JSON schema, regular expression or grammar of the text")
     logprobs: NonNegativeInt | None = Field(None, description="return log probabilities, and of this many likeliest")
     prompt_logprobs: bool = Field(False, description="return the log probability of each token of the prompt")
 
@@ -78,6 +86,7 @@ class Request:
     published: int = 0
     slot: int | None = None
     ends: frozenset[int] = frozenset()  # tokens that end the text
+    matcher: Any = None  # of its constraint, see `constrained.py`; has read all outputs
     extra: Any = None  # whatever the caller wants to find again
 
     @property
@@ -94,6 +103,11 @@ class Request:
     def exhausted(self) -> bool:
         """Nothing more is to be sampled, if only what is in flight arrives."""
         return len(self.outputs) + self.in_flight >= max(self.sampling.max_tokens, 1)  # one is drawn in any case
+
+    @property
+    def ready(self) -> bool:
+        """Another token can be computed. A constraint says what may follow a token once it is known."""
+        return self.pending > 0 and not self.exhausted and not (self.matcher is not None and self.in_flight)
 
     @property
     def place(self) -> int:

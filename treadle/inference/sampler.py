@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from treadle.inference.constrained import constrained
 from treadle.inference.request import Logprob, Request, Sampling
 
 NEVER = float("-inf")
@@ -81,7 +82,7 @@ class Sampler:
         logits_RV = logits_RV.float()
         slots_R = self._tensor([request.place for request in requests], torch.int64)
         asked = [request.sampling for request in requests]
-        scores_RV = self._shifted(logits_RV, requests, slots_R)
+        scores_RV = constrained(self._shifted(logits_RV, requests, slots_R), requests)
         tokens_R = self._choose(scores_RV, requests, asked)
         self.latest_S[slots_R] = tokens_R
         if self._counts_SV is not None and self._seen_SV is not None:

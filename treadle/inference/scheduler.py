@@ -61,7 +61,7 @@ class Scheduler:
         return sorted(work, key=lambda part: part.end - part.begin > 1)
 
     def _schedule(self) -> list[Work]:
-        ready = [request for request in self.running if request.pending and not request.exhausted]
+        ready = [request for request in self.running if request.ready]
         if self.policy == "latency":
             work = self._generate(ready)
             return work + self._prompts(ready, self.budget - len(work))

@@ -205,6 +205,35 @@ def test_a_chat_goes_through_the_template(client: openai.OpenAI, model: Any) -> 
     assert with_tools.usage.prompt_tokens == done.usage.prompt_tokens + len("T1")
 
 
+def test_a_response_has_the_format_that_was_asked_for(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance")
+    messages: Any = [{"role": "user", "content": "hi"}]
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 40}
+    for stream in (False, True):
+        done: Any = client.chat.completions.create(**asked, response_format=form, stream=stream)
+        pieces = [piece.choices[0].delta for piece in done] if stream else [done.choices[0].message]
+        assert json.loads("".join(piece.content or "" for piece in pieces)) in ({"a": True}, {"a": False})
+    anything: Any = {"type": "json_object"}
+    content = client.chat.completions.create(**asked, response_format=anything).choices[0].message.content
+    assert (content or "").startswith("{")
+    date: Any = {"response_format": {"type": "regex", "regex": r"20\d\d-(0[1-9]|1[0-2])"}}
+    made = client.completions.create(model="tiny", prompt="a", max_tokens=20, extra_body=date).choices[0]
+    assert re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", made.text)
+    assert made.finish_reason == "stop"
+    for wrong, said in (
+        ({"type": "regex", "regex": "(a"}, "response_format: no regex that can be followed"),
+        ({"type": "json_schema"}, "type 'json_schema' goes with 'json_schema'"),
+        ({"type": "text", "regex": "a"}, "type 'text' goes without 'regex'"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="tiny", prompt="a", extra_body={"response_format": wrong})
+        assert said in caught.value.message
+        assert caught.value.param == "response_format"
+
+
 def test_a_stop_text_ends_the_answer_and_is_not_in_it(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "stop", "max_tokens": 40, "seed": 5}
     whole = client.completions.create(**asked).choices[0].text
