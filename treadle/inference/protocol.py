@@ -153,7 +153,8 @@ def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
     return key, f"{key}: {first['msg']}{given}"
 
 
-ENGINES_NAMES = {"stop_tokens": "stop_token_ids", "constraint": "response_format"}  # where the engine calls a key of the body by another name
+# Where the engine calls a key of the body by another name.
+ENGINES_NAMES = {"stop_tokens": "stop_token_ids", "constraint": "response_format"}
 
 
 def blamed(message: str, body: type[BaseModel]) -> tuple[str | None, str]:

@@ -212,9 +212,9 @@ def test_a_response_has_the_format_that_was_asked_for(client: openai.OpenAI) -> 
     schema["additionalProperties"] = False
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     asked: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 40}
-    for stream in (False, True):
-        done: Any = client.chat.completions.create(**asked, response_format=form, stream=stream)
-        pieces = [piece.choices[0].delta for piece in done] if stream else [done.choices[0].message]
+    for streamed in (False, True):
+        done: Any = client.chat.completions.create(**asked, response_format=form, stream=streamed)
+        pieces = [piece.choices[0].delta for piece in done] if streamed else [done.choices[0].message]
         assert json.loads("".join(piece.content or "" for piece in pieces)) in ({"a": True}, {"a": False})
     anything: Any = {"type": "json_object"}
     content = client.chat.completions.create(**asked, response_format=anything).choices[0].message.content
