@@ -88,6 +88,29 @@ def test_whatever_arrives_and_leaves(
     assert sorted(engine.scheduler._slots) == list(range(slots))
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_thousand_requests_with_random_aborts_leave_no_page_in_use(name: str) -> None:
+    draw = random.Random(7)
+    engine = Engine(MODELS[name], EngineConfig(slots=200, budget=2000, page=8, cache_tokens=4000))
+    beginning = [draw.randrange(VOCABULARY) for _ in range(24)]
+    requests = []
+    for number in range(1000):
+        own = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))]
+        sampling = Sampling(max_tokens=draw.randint(1, 8), seed=number)
+        requests.append(engine.add(beginning[: draw.choice([0, 16, 24])] + own, sampling))
+    while engine.busy:
+        for _ in range(4):
+            engine.abort(draw.choice(requests))
+        engine.step()
+    aborted = sum(request.finish == "abort" for request in requests)
+    assert 20 < aborted < 500
+    assert sum(request.finish == "length" for request in requests) == 1000 - aborted
+    assert all(pool.free == pool.count for pool in engine.tables.pools)
+    assert engine.tables.free == 1
+    assert sorted(engine.scheduler._slots) == list(range(200))
+    assert not any(request.pages and any(request.pages) for request in requests)
+
+
 def test_a_request_that_can_never_run_is_refused() -> None:
     engine = Engine(MODELS["attention"], EngineConfig(cache_tokens=32, page=8, slots=2))
     with pytest.raises(ConfigError, match="no token"):

@@ -20,6 +20,7 @@ import torch
 
 import treadle
 from treadle.data.tokenizer import BytesTokenizerConfig
+from treadle.families.checkpoint import save as save_as_theirs
 from treadle.inference.generate import stream
 from treadle.nn.store import save_model
 
@@ -130,6 +131,77 @@ def test_echo_gives_the_log_probabilities_of_the_prompt(client: openai.OpenAI, m
     assert found.token_logprobs[0] is None
     assert found.token_logprobs[1:] == pytest.approx([expected[i, ids[i + 1]].item() for i in range(4)], abs=1e-4)
     assert list((found.top_logprobs or [])[1].values()) == pytest.approx([expected[0].max().item()], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def peer(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same model as transformers' own."""
+    transformers = pytest.importorskip("transformers")
+    where = tmp_path_factory.mktemp("peer")
+    save_as_theirs(model, where)
+    return transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+
+
+def likelihood(peer: Any, context: list[int], target: list[int]) -> tuple[float, bool]:
+    """log p(target | context) by transformers, and whether greedy decoding would have said it."""
+    with torch.no_grad():
+        scores = peer(torch.tensor([[*context, *target]])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+    wanted = torch.tensor(target)
+    return scores.gather(1, wanted[:, None]).sum().item(), bool((scores.argmax(-1) == wanted).all())
+
+
+TASKS = [("once upon", " a time"), ("the end", " of it"), ("x", "y" * 40), ("once upon", " the hill"), ("é", "漢字")]
+
+
+def test_likelihoods_as_lm_evaluation_harness_asks_for_them(server: Server, peer: Any) -> None:
+    """Its request of 0.4.13 for `local-completions`, word for word, and its way to read the answer."""
+    pairs = [(TOKENIZER.encode(context), TOKENIZER.encode(target)) for context, target in TASKS]
+    whole = peer.generate(torch.tensor([pairs[0][0]]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
+    pairs.append((pairs[0][0], whole[len(pairs[0][0]) :].tolist()))  # one that is greedy
+    asked = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True, "model": "tiny"}
+    with server.client() as client:
+        done = client.post("/v1/completions", json={**asked, "prompt": [[*a, *b] for a, b in pairs]}).json()
+    for (context, target), choice in zip(pairs, sorted(done["choices"], key=lambda c: c["index"]), strict=True):
+        logprobs = choice["logprobs"]["token_logprobs"][len(context) : -1]
+        top = choice["logprobs"]["top_logprobs"][len(context) : -1]
+        expected, greedy = likelihood(peer, context, target)
+        assert sum(logprobs) == pytest.approx(expected, abs=1e-3)
+        assert all(one == max(best.values()) for one, best in zip(logprobs, top, strict=True)) == greedy
+    assert greedy
+
+
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "text"])
+def test_lm_evaluation_harness_itself(
+    server: Server, folder: Path, peer: Any, tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    harness = LocalCompletionsAPI(
+        base_url=f"{server.address}/v1/completions",
+        model="tiny",
+        tokenizer=str(folder / "tokenizer"),
+        tokenizer_backend="huggingface",
+        tokenized_requests=tokens,
+        max_length=128,
+        batch_size=2 if tokens else 1,
+        num_concurrent=1 if tokens else 4,
+    )
+    found = harness.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(TASKS)])
+    for (context, target), (value, greedy) in zip(TASKS, found, strict=True):
+        expected = likelihood(peer, TOKENIZER.encode(context), TOKENIZER.encode(target))
+        assert (value, greedy) == (pytest.approx(expected[0], abs=1e-3), expected[1])
+    if tokens:  # as text, the end-of-text token that it begins with would be nothing but its name
+        rolling = harness.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("a long walk",), 0)])
+        expected = likelihood(peer, [TOKENIZER.eos_id], TOKENIZER.encode("a long walk"))
+        assert rolling == [pytest.approx(expected[0], abs=1e-3)]
+    options = {"until": ["\n"], "max_gen_toks": 9, "temperature": 0}
+    (said,) = harness.generate_until([Instance("generate_until", {}, ("hello", options), 0)])
+    ids = torch.tensor([TOKENIZER.encode("hello")])
+    made = peer.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, 5:].tolist()
+    assert said.rstrip("\ufffd") == TOKENIZER.decode(made).split("\n")[0].rstrip("\ufffd")
 
 
 def test_a_prompt_that_is_only_read_makes_no_token(client: openai.OpenAI) -> None:
