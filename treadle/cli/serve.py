@@ -25,6 +25,9 @@ def serve(
         Path | None, typer.Option("--chat-template", help="A Jinja file. Default: the tokenizer's own.")
     ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests at the same time; more are answered 429.")] = 4096,
+    pooling: Annotated[
+        str | None, typer.Option(help="Serve embeddings: the mean of the hidden states, or the last one (mean, last).")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto: bf16 on a GPU, else fp32.")] = "auto",
     imports: Annotated[
@@ -56,6 +59,8 @@ def serve(
     from treadle.inference.load import tokenizer_folder
     from treadle.inference.process import EngineProcess
 
+    if pooling not in (None, "mean", "last"):
+        raise ConfigError(f"--pooling: '{pooling}' is unknown; try mean or last")
     folder = find_model(model, root)
     config = resolve(EngineConfig, {}, overrides or [])
     place = tokenizer_folder(folder)
@@ -63,7 +68,7 @@ def serve(
     chat = ChatTemplate(template.read_text()) if template is not None else ChatTemplate.load(place)
     engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or [])))
     try:
-        _listen(engine, name or folder.resolve().name, tokenizer, chat, (host, port), key, waiting)
+        _listen(engine, name or folder.resolve().name, tokenizer, chat, (host, port), key, waiting, pooling)
     finally:
         engine.stop()
 
@@ -85,14 +90,14 @@ def make_engine(folder: Path, config: Any, device: str, dtype: str, imports: lis
     return Engine(loaded, config, tokenizer=tokenizer)
 
 
-def _listen(
-    engine: Any, name: str, tokenizer: Any, chat: Any, address: tuple[str, int], key: str | None, waiting: int
-) -> None:
+def _listen(engine: Any, name: str, tokenizer: Any, chat: Any, address: tuple[str, int], *limits: Any) -> None:
+    """limits: the rest of `Serving`, in its order."""
     import asyncio
 
     import uvicorn
 
-    from treadle.inference.server import Serving, make_app
+    from treadle.inference.answer import Serving
+    from treadle.inference.server import make_app
 
     class Server(uvicorn.Server):
         """Takes no further requests once it is told to stop, and waits for those that run."""
@@ -114,7 +119,7 @@ def _listen(
     async def run() -> None:
         typer.echo(f"loading {name} ...")
         length = await engine.start()
-        serving = Serving(name, engine, tokenizer, chat, length, key, waiting)
+        serving = Serving(name, engine, tokenizer, chat, length, *limits)
         options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 600}
         server = Server(uvicorn.Config(make_app(serving), *address, **options))
         server.serving = serving

@@ -15,9 +15,10 @@ from treadle.config import Config
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import ConfigError
 from treadle.inference.constrained import Grammars
-from treadle.inference.request import FinishReason, Request, Sampling, Status
+from treadle.inference.request import FinishReason, Pooling, Request, Sampling, Status
 from treadle.inference.runner import Launched, Runner, Storage, is_recurrent, windows_of
 from treadle.inference.scheduler import Policy, Scheduler
+from treadle.inference.states import POOLED, Taps, collect, cut, embedding
 from treadle.inference.tables import Tables
 from treadle.nn.flops import cache_elements, state_elements
 from treadle.nn.transformer import Transformer
@@ -61,7 +62,9 @@ class Engine:
         counts = self._page_counts(windows)
         self.tables = Tables(windows, counts, c.page, reuse=c.reuse and not is_recurrent(model))
         self.scheduler = Scheduler(self.tables, slots=c.slots, budget=c.budget, policy=c.policy)
-        self.runner = Runner(model, self.tables, Storage(model, windows, counts, c.page, c.slots), c.slots, c.backend)
+        self.taps = Taps(model, c.budget)
+        storage = Storage(model, windows, counts, c.page, c.slots)
+        self.runner = Runner(model, self.tables, storage, self.taps, c.slots, c.backend)
         self._launched: Launched | None = None
 
     def _page_counts(self, windows: Sequence[int | None]) -> list[int]:
@@ -83,11 +86,23 @@ class Engine:
         tokens = min(tokens or c.slots * min(self.max_length, 1024), c.slots * self.max_length)
         return [-(-tokens // c.page) for _ in windows]
 
-    def add(self, prompt: Sequence[int], sampling: Sampling | None = None, extra: object = None) -> Request:
-        """Queue a request. Raises ConfigError for one that can never run."""
+    def add(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        extra: object = None,
+        *,
+        taps: Sequence[str] = (),
+    ) -> Request:
+        """Queue a request. Raises ConfigError for one that can never run.
+
+        taps: modules, as `named_modules` calls them, whose output for each token is in `hidden` once the request has
+        ended: [tokens, width], of the prompt and all new tokens but the last, which has not gone through the model.
+        """
         sampling = sampling or Sampling()
         eos = () if self.eos is None or sampling.ignore_eos else (self.eos,)
         request = Request(list(prompt), sampling, ends=frozenset({*sampling.stop_tokens, *eos}), extra=extra)
+        request.taps = tuple(taps)
         if not request.prompt:
             raise ConfigError("prompt: it has no token; begin with the end-of-text token to sample from nothing")
         vocabulary = self.model.config.vocab_size or 0
@@ -96,8 +111,9 @@ class Engine:
             raise ConfigError(f"prompt: token {wrong} is not in the vocabulary of {vocabulary}")
         length = len(request.prompt) + request.sampling.max_tokens
         if length > self.max_length:
+            key = "max_tokens" if sampling.max_tokens else "prompt"
             raise ConfigError(
-                f"max_tokens: {len(request.prompt)} tokens of the prompt and {sampling.max_tokens} new ones are more "
+                f"{key}: {len(request.prompt)} tokens of the prompt and {sampling.max_tokens} new ones are more "
                 f"than the engine's max_length={self.max_length}; lower max_tokens or shorten the prompt"
             )
         if not self.tables.fits(length, min(length, self.config.budget)):
@@ -112,6 +128,7 @@ class Engine:
                 key = "ignore_eos" if sampling.ignore_eos else "min_tokens"
                 raise ConfigError(f"{key}: not with a constraint, which says itself where the text may end")
             request.matcher = self._grammars.matcher(sampling.constraint)
+        self.taps.open(request.taps)
         self.scheduler.add(request)
         return request
 
@@ -181,14 +198,25 @@ class Engine:
             raise
         return [] if before is None else self._read(before)
 
-    def generate(self, prompts: Iterable[Sequence[int]], sampling: Sampling | Sequence[Sampling]) -> list[Request]:
-        """All prompts to their ends, in their order. sampling: one for all, or one each."""
+    def embed(self, texts: Iterable[Sequence[int]], pooling: Pooling = "mean") -> list[Tensor]:
+        """A vector of length 1 for each text: of what the head reads, the mean or the last token's."""
+        asked = Sampling(max_tokens=0, temperature=0, pooling=pooling)
+        return [embedding(done.hidden[POOLED]) for done in self.generate(texts, asked)]
+
+    def generate(
+        self,
+        prompts: Iterable[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        *,
+        taps: Sequence[str] = (),
+    ) -> list[Request]:
+        """All prompts to their ends, in their order. sampling: one for all, or one each. taps: see `add`."""
         prompts = list(prompts)
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         requests: list[Request] = []
         try:
             for prompt, one in zip(prompts, each, strict=True):
-                requests.append(self.add(prompt, one))
+                requests.append(self.add(prompt, one, taps=taps))
             while any(request.status is not Status.FINISHED for request in requests):
                 self.step()
         except BaseException:  # also Ctrl-C: nothing of this call goes on
@@ -203,6 +231,9 @@ class Engine:
             # After a preemption what is known already comes again.
             rows = range(max(0, len(request.prompt_logprobs) - begin), len(sampled.tokens_R))
             request.prompt_logprobs += [sampled.token(row, request.sampling.logprobs) for row in rows]
+        for request, begin, found in launched.states:
+            if request.status is not Status.FINISHED:
+                collect(request, begin, found)
         new = []
         for row, (request, token) in enumerate(zip(launched.requests, launched.sampled.tokens_R.tolist(), strict=True)):
             request.in_flight -= 1
@@ -229,4 +260,6 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish = reason
+        self.taps.close(request.taps)
+        cut(request)
         self.scheduler.finish(request)

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from torch import Tensor
+
 from treadle.errors import TreadleError
 from treadle.inference.engine import Engine
 from treadle.inference.request import FinishReason, Logprob, Request, Sampling, Status
+from treadle.inference.states import POOLED
 
 
 class EngineDied(TreadleError):
@@ -25,13 +28,14 @@ class EngineDied(TreadleError):
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of a request. prompt_logprobs come with the first update, finish with the last."""
+    """What is new of a request. prompt_logprobs come with the first update, finish and pooled with the last."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     finish: FinishReason | None = None
     cached: int = 0
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ def _update(request: Request, told: int) -> Update:
         request.prompt_logprobs if first else [],
         request.finish,
         request.cached,
+        request.hidden.get(POOLED),
     )
 
 

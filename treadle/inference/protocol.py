@@ -1,5 +1,6 @@
 """OpenAI's completions API as data: what a body may say, and what is answered."""
 
+import base64
 import codecs
 import json
 import re
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
 from treadle.config.base import nearest
 from treadle.data.tokenizer import Tokenizer
@@ -53,11 +55,39 @@ class ResponseFormat(BaseModel):
 
 
 class Body(BaseModel):
-    """What both kinds of requests share. Keys that are not here are refused; those marked so are unused."""
+    """What all requests share. Keys that are not here are refused; those marked so are unused."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
+    user: str | None = None  # unused
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
+
+    @property
+    def stops(self) -> list[str]:
+        return []
+
+
+class EmbeddingBody(Body):
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+
+    def encoded(self, vector_D: Tensor) -> list[float] | str:
+        """base64: of float32, the lowest byte first."""
+        numbers = vector_D.numpy().astype("<f4")
+        return numbers.tolist() if self.encoding_format == "float" else base64.b64encode(numbers.tobytes()).decode()
+
+
+class DrawnBody(Body):
+    """What is asked of tokens that are drawn."""
+
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=128)
@@ -69,7 +99,6 @@ class Body(BaseModel):
     logit_bias: dict[int, float] | None = None
     response_format: ResponseFormat | None = None
     seed: int | None = None
-    user: str | None = None  # unused
     metadata: dict[str, Any] | None = None  # unused
     # Not OpenAI's, but common.
     top_k: int | None = Field(None, ge=1)
@@ -78,13 +107,6 @@ class Body(BaseModel):
     min_tokens: int = Field(0, ge=0)
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_the_default(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
 
     @property
     def stops(self) -> list[str]:
@@ -104,24 +126,15 @@ class Body(BaseModel):
         return Sampling(**values, seed=None if self.seed is None else self.seed + index)
 
 
-class CompletionBody(Body):
+class CompletionBody(DrawnBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=128)
 
-    def prompts(self, tokenizer: Tokenizer | None) -> list[list[int]]:
-        """The prompts as token ids. Raises ConfigError for none, and for text where there is no tokenizer."""
-        given: Any = self.prompt
-        if given == []:
-            raise ConfigError("prompt: the list is empty; give a text, token ids, or a list of such")
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            given = [given]
-        return [encode(tokenizer, each) if isinstance(each, str) else list(each) for each in given]
 
-
-class ChatBody(Body):
+class ChatBody(DrawnBody):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -130,6 +143,15 @@ class ChatBody(Body):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     chat_template_kwargs: dict[str, Any] = {}
+
+
+def encoded_prompts(given: Any, tokenizer: Tokenizer | None) -> list[list[int]]:
+    """The prompts of a body as token ids. Raises ConfigError for none, and for text where there is no tokenizer."""
+    if given == []:
+        raise ConfigError("prompt: the list is empty; give a text, token ids, or a list of such")
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    return [encode(tokenizer, each) if isinstance(each, str) else list(each) for each in given]
 
 
 def encode(tokenizer: Tokenizer | None, text: str) -> list[int]:
@@ -154,14 +176,15 @@ def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
 
 
 # Where the engine calls a key of the body by another name.
-ENGINES_NAMES = {"stop_tokens": "stop_token_ids", "constraint": "response_format"}
+ENGINES_NAMES = {"stop_tokens": "stop_token_ids", "constraint": "response_format", "prompt": "input"}
 
 
 def blamed(message: str, body: type[BaseModel]) -> tuple[str | None, str]:
     """(key of the body, message) of an error, which begins with the key that it is about; None: about no key."""
     found = re.match(r"(\w+)[\w.\[\]]*: ", message)
-    key = ENGINES_NAMES.get(found[1], found[1]) if found else ""
-    if found and key != found[1]:
+    key = found[1] if found else ""
+    if found and key not in body.model_fields and key in ENGINES_NAMES:
+        key = ENGINES_NAMES[key]
         message = key + message[len(found[1]) :]
     return (key, message) if key in body.model_fields else (None, message)
 

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from treadle.config import Config
 
 FinishReason = Literal["stop", "length", "abort"]
+Pooling = Literal["mean", "last"]
 
 
 class Constraint(Config):
@@ -38,6 +39,7 @@ class Sampling(Config):
     constraint: Constraint | None = Field(None, description="JSON schema, regular expression or grammar of the text")
     logprobs: NonNegativeInt | None = Field(None, description="return log probabilities, and of this many likeliest")
     prompt_logprobs: bool = Field(False, description="return the log probability of each token of the prompt")
+    pooling: Pooling | None = Field(None, description="return one vector of the prompt: mean or last hidden state")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Request:
     published: int = 0
     slot: int | None = None
     ends: frozenset[int] = frozenset()  # tokens that end the text
+    taps: tuple[str, ...] = ()  # modules whose outputs are wanted
+    hidden: dict[str, Any] = field(default_factory=dict)  # which these are, by name; see `states.py`
     matcher: Any = None  # of its constraint, see `constrained.py`; has read all outputs
     extra: Any = None  # whatever the caller wants to find again
 
@@ -103,6 +107,11 @@ class Request:
     def exhausted(self) -> bool:
         """Nothing more is to be sampled, if only what is in flight arrives."""
         return len(self.outputs) + self.in_flight >= max(self.sampling.max_tokens, 1)  # one is drawn in any case
+
+    @property
+    def whole(self) -> bool:
+        """All of the prompt has to be computed for this request, whatever others have computed."""
+        return bool(self.taps or self.sampling.prompt_logprobs or self.sampling.pooling)
 
     @property
     def ready(self) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from treadle.attention import AttentionContext, Cache, PagedCache, Pages, Segment, StateCache
 from treadle.inference.request import Request
-from treadle.inference.sampler import Sampled, Sampler, described
+from treadle.inference.sampler import Sampled, Sampler, described, to_host
 from treadle.inference.scheduler import Work
+from treadle.inference.states import Taps
 from treadle.inference.tables import Tables
 from treadle.nn.transformer import Transformer
 
@@ -27,11 +28,13 @@ class Launched:
 
     requests: those whose next token is drawn, in the order of `sampled`.
     prompts: what was asked of prompts: the request, the step's first token of it, and what follows each of them.
+    states: hidden states that were asked for: the request, the step's first token of it, and what was found.
     """
 
     requests: list[Request]
     sampled: Sampled
     prompts: list[tuple[Request, int, Sampled]] = field(default_factory=list)
+    states: list[tuple[Request, int, dict[str, Tensor]]] = field(default_factory=list)
     event: Any = None
 
     def arrived(self) -> "Launched":
@@ -88,9 +91,12 @@ def kind_of(mixer: Any, windows: Sequence[int | None]) -> int | None:
 class Runner:
     """Runs steps of one model."""
 
-    def __init__(self, model: Transformer, tables: Tables, storage: Storage, slots: int, backend: str = "auto"):
+    def __init__(
+        self, model: Transformer, tables: Tables, storage: Storage, taps: Taps, slots: int, backend: str = "auto"
+    ):
         self.model, self.tables, self.storage, self.backend = model, tables, storage, backend
         self.device = model.device
+        self.taps = taps
         self.sampler = Sampler(slots, model.config.vocab_size or 0, self.device)
 
     @torch.inference_mode()
@@ -106,9 +112,14 @@ class Runner:
                 for part, end in zip(work, ends.tolist(), strict=True)
                 if part.request.sampling.prompt_logprobs and part.begin < len(part.request.prompt) - 1
             ]
+            states = [
+                (part.request, part.begin, self.taps.found(part.request, begin, end, x_1TD[0]))
+                for part, begin, end in zip(work, [0, *ends.tolist()], ends.tolist(), strict=False)
+                if part.request.taps or part.request.sampling.pooling
+            ]
             logits_RV = self.model.head(x_1TD[0, self._tensor(ends[drawn] - 1)])
         requests = [work[index].request for index in drawn]
-        launched = Launched(requests, self.sampler.draw(logits_RV, requests), prompts)
+        launched = Launched(requests, self.sampler.draw(logits_RV, requests), prompts, states)
         return launched if self.device.type == "cpu" else _home(launched)
 
     def _prompt(self, part: Work, x_TD: Tensor) -> Sampled:
@@ -183,6 +194,7 @@ def _home(launched: Launched) -> Launched:
     """The same in the host's memory, once it has `arrived`."""
     prompts = [(request, begin, sampled.to_host()) for request, begin, sampled in launched.prompts]
     sampled = launched.sampled.to_host()
+    states = [(request, begin, {k: to_host(x) for k, x in found.items()}) for request, begin, found in launched.states]
     event = torch.cuda.Event()
     event.record()
-    return Launched(launched.requests, sampled, prompts, event)
+    return Launched(launched.requests, sampled, prompts, states, event)

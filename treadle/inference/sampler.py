@@ -46,13 +46,13 @@ class Sampled:
 
     def to_host(self) -> "Sampled":
         """Copies in pinned memory, on their way."""
+        columns = [getattr(self, f.name) for f in fields(self)]
+        return Sampled(*(None if x is None else to_host(x) for x in columns))  # type: ignore[arg-type]
 
-        def copy(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
-        return Sampled(*(copy(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+def to_host(x: Tensor) -> Tensor:
+    """A copy in pinned memory, on its way."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def described(logits_RV: Tensor, tokens_R: Tensor, most: int) -> Sampled:

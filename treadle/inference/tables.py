@@ -34,7 +34,7 @@ class Tables:
     def adopt(self, request: Request) -> None:
         """Begin with the pages that others have computed, at most so many that one token is left to compute."""
         request.pages, request.published, request.computed = [[] for _ in self.pools], 0, 0
-        if not self.reuse or request.sampling.prompt_logprobs or not self.pools:
+        if not self.reuse or request.whole or not self.pools:
             return
         names = list(self._names(request, (request.length - 1) // self.page))
         while names and not self._complete(names):

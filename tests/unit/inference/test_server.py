@@ -69,7 +69,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    started = Server(folder, "cache_tokens=2048", "page=8", "slots=16", "--api-key", KEY, "--name", "tiny")
+    started = Server(
+        folder, "cache_tokens=2048", "page=8", "slots=16", "--api-key", KEY, "--name", "tiny", "--pooling", "last"
+    )
     yield started
     started.process.terminate()
     assert started.process.wait(60) == 0
@@ -202,6 +204,35 @@ def test_lm_evaluation_harness_itself(
     ids = torch.tensor([TOKENIZER.encode("hello")])
     made = peer.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, 5:].tolist()
     assert said.rstrip("\ufffd") == TOKENIZER.decode(made).split("\n")[0].rstrip("\ufffd")
+
+
+def test_embeddings_are_hidden_states_of_transformers(client: openai.OpenAI, server: Server, peer: Any) -> None:
+    texts = ["hello", "once upon a time", "hello"]
+    found = client.embeddings.create(model="tiny", input=texts)  # which asks for base64
+    assert found.usage.prompt_tokens == found.usage.total_tokens == sum(map(len, texts))
+    plain = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    short = client.embeddings.create(model="tiny", input=TOKENIZER.encode("hello"), dimensions=5)
+    expected = []
+    for text in texts:
+        with torch.no_grad():
+            x_SD = peer.model(torch.tensor([TOKENIZER.encode(text)])).last_hidden_state[0]
+        expected.append((x_SD[-1] / x_SD[-1].norm()).tolist())
+    for index, vector in enumerate(expected):
+        assert found.data[index].index == index
+        assert found.data[index].embedding == pytest.approx(vector, abs=1e-4)
+        assert plain.data[index].embedding == found.data[index].embedding
+    cut = torch.tensor(expected[0][:5])
+    assert short.data[0].embedding == pytest.approx((cut / cut.norm()).tolist(), abs=1e-4)
+    for wrong, key in (
+        ({"input": "a", "dimensions": 17}, "dimensions"),
+        ({"input": [5000]}, "input"),
+        ({"input": "a" * 129}, "input"),
+        ({"input": []}, "input"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+    ):
+        with server.client() as raw:
+            answer = raw.post("/v1/embeddings", json=wrong)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, key)
 
 
 def test_a_prompt_that_is_only_read_makes_no_token(client: openai.OpenAI) -> None:
@@ -414,11 +445,13 @@ def test_an_engine_that_dies_is_said_to_be_dead(folder: Path) -> None:
     try:
         (engine,) = [p for p in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
         with httpx.Client(base_url=server.address, timeout=60) as client:
+            refused = client.post("/v1/embeddings", json={"input": "a"})
             with client.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 100, "stream": True}) as s:
                 lines = s.iter_lines()
                 next(lines)
                 engine.send_signal(signal.SIGKILL)
                 rest = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            assert "start it with --pooling" in refused.json()["error"]["message"]
             assert "engine's process ended with code -9" in rest[-1]["error"]["message"]
             assert client.get("/health").status_code == 503
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
