@@ -25,6 +25,10 @@ def serve(
         Path | None, typer.Option("--chat-template", help="A Jinja file. Default: the tokenizer's own.")
     ] = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests at the same time; more are answered 429.")] = 4096,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="A smaller run or model of the same tokenizer, which guesses tokens; with speculate=4."),
+    ] = None,
     pooling: Annotated[
         str | None, typer.Option(help="Serve embeddings: the mean of the hidden states, or the last one (mean, last).")
     ] = None,
@@ -44,6 +48,8 @@ def serve(
         treadle serve latest --port 8000
 
         treadle serve models/Qwen3-0.6B policy=latency cache_tokens=200000 --api-key secret
+
+        treadle serve models/Qwen3-8B speculate=4 --draft models/Qwen3-0.6B
     """
     try:
         import fastapi  # noqa: F401
@@ -66,28 +72,33 @@ def serve(
     place = tokenizer_folder(folder)
     tokenizer = Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None
     chat = ChatTemplate(template.read_text()) if template is not None else ChatTemplate.load(place)
-    engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or [])))
+    guesses = None if draft is None else find_model(draft, root)
+    engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or []), guesses))
     try:
         _listen(engine, name or folder.resolve().name, tokenizer, chat, (host, port), key, waiting, pooling)
     finally:
         engine.stop()
 
 
-def make_engine(folder: Path, config: Any, device: str, dtype: str, imports: list[str]) -> "Engine":
-    """The engine of a model folder; in its own process."""
-    import treadle
+def make_engine(
+    folder: Path, config: Any, device: str, dtype: str, imports: list[str], draft: Path | None = None
+) -> "Engine":
+    """The engine of a model folder, and of the folder of a model that guesses; in its own process."""
+    from treadle.api import load
     from treadle.inference.engine import Engine
     from treadle.train.setup import DTYPES
 
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"--dtype: '{dtype}' is unknown; try auto, {', '.join(DTYPES)}")
-    loaded, tokenizer = treadle.load(
-        folder,
-        device=device,
-        dtype=None if dtype == "auto" else DTYPES[dtype],  # type: ignore[index]
-        imports=imports,
-    )
-    return Engine(loaded, config, tokenizer=tokenizer)
+    wanted = None if dtype == "auto" else DTYPES[dtype]  # type: ignore[index]
+    options: dict[str, Any] = {"device": device, "dtype": wanted, "imports": imports}
+    loaded, tokenizer = load(folder, **options)
+    if draft is None:
+        return Engine(loaded, config, tokenizer=tokenizer)
+    guesses, other = load(draft, **options)
+    if tokenizer is not None and (other is None or other.fingerprint != tokenizer.fingerprint):
+        raise ConfigError(f"--draft: {draft} has another tokenizer than {folder}; take a model of the same one")
+    return Engine(loaded, config, tokenizer=tokenizer, draft=guesses)
 
 
 def _listen(engine: Any, name: str, tokenizer: Any, chat: Any, address: tuple[str, int], *limits: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastapi import Request
@@ -17,7 +17,7 @@ from torch import Tensor
 from treadle.data.chat import ChatTemplate
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import TreadleError
-from treadle.inference.process import EngineDied, EngineProcess
+from treadle.inference.process import EngineDied, EngineProcess, Load
 from treadle.inference.protocol import (
     Body,
     CompletionBody,
@@ -88,7 +88,7 @@ class Meters:
         times = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self.first = Histogram("treadle_first_token_seconds", "Time to the first token", buckets=times, **named)
         self.whole = Histogram("treadle_request_seconds", "Time of a request", buckets=(*times, 120, 300), **named)
-        for name in ("running", "waiting", "preemptions", "cache"):
+        for name in (each.name for each in fields(Load)):
             gauge = Gauge(f"treadle_engine_{name}", f"The engine's load: {name}", **named)
             gauge.set_function(lambda name=name: getattr(serving.engine.load, name))  # type: ignore[misc]
 

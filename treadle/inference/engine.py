@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from treadle.config import Config
@@ -17,7 +17,9 @@ from treadle.errors import ConfigError
 from treadle.inference.constrained import Grammars
 from treadle.inference.request import FinishReason, Pooling, Request, Sampling, Status
 from treadle.inference.runner import Launched, Runner, Storage, is_recurrent, windows_of
+from treadle.inference.sampler import Sampled
 from treadle.inference.scheduler import Policy, Scheduler
+from treadle.inference.speculative import Draft, speculation_of
 from treadle.inference.states import POOLED, Taps, collect, cut, embedding
 from treadle.inference.tables import Tables
 from treadle.nn.flops import cache_elements, state_elements
@@ -36,6 +38,7 @@ class EngineConfig(Config):
     memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that weights and cache may take")
     policy: Policy = Field("throughput", description="throughput: prompts first; latency: both in each step")
     ahead: bool = Field(True, description="launch a step before the one before has been read")
+    speculate: NonNegativeInt = Field(0, description="tokens that are guessed ahead, and read in one step")
     reuse: bool = Field(True, description="compute equal beginnings of prompts once")
     max_length: PositiveInt | None = Field(None, description="tokens of a request; null: the model's max_length")
     backend: str = Field("auto", description="of attention")
@@ -51,23 +54,30 @@ class Engine:
         *,
         eos: int | None = None,
         tokenizer: Tokenizer | None = None,
+        draft: Transformer | None = None,
     ):
-        """eos: the token that ends a text; None: the tokenizer's. tokenizer: without one, texts have no constraints."""
+        """eos: the token that ends a text; None: the tokenizer's. tokenizer: without one, texts have no constraints.
+
+        draft: a smaller model that guesses `speculate` tokens; None: they are looked up in the text so far.
+        """
         self.model, self.config = model.eval(), config or EngineConfig()
         self.eos = tokenizer.eos_id if eos is None and tokenizer is not None else eos
         self._grammars = Grammars(tokenizer, model.config.vocab_size or 0)
         c = self.config
         self.max_length = min(c.max_length or model.config.max_length, model.config.max_length)
         windows = windows_of(model)
-        counts = self._page_counts(windows)
+        counts = self._page_counts(windows, draft)
         self.tables = Tables(windows, counts, c.page, reuse=c.reuse and not is_recurrent(model))
         self.scheduler = Scheduler(self.tables, slots=c.slots, budget=c.budget, policy=c.policy)
         self.taps = Taps(model, c.budget)
         storage = Storage(model, windows, counts, c.page, c.slots)
         self.runner = Runner(model, self.tables, storage, self.taps, c.slots, c.backend)
+        self.speculation = speculation_of(c, model, draft, self.runner, max(counts, default=1) * c.page)
+        if self.speculation is not None:
+            self.scheduler.drafts = self.speculation.drafts
         self._launched: Launched | None = None
 
-    def _page_counts(self, windows: Sequence[int | None]) -> list[int]:
+    def _page_counts(self, windows: Sequence[int | None], draft: Transformer | None) -> list[int]:
         """Pages of each kind: of as many tokens as are asked for, or as fit the memory that the model leaves."""
         c, model = self.config, self.model
         tokens = c.cache_tokens
@@ -75,7 +85,11 @@ class Engine:
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(model.device)
             room = free - (1 - c.memory) * total - WORKSPACE
-            each = cache_elements(model) * torch.empty((), dtype=model.dtype).element_size()
+            each = sum(
+                cache_elements(one) * torch.empty((), dtype=one.dtype).element_size()
+                for one in (model, draft)
+                if one is not None
+            )
             states = (c.slots + 1) * state_elements(model) * 4
             tokens = int((room - states) // each) if each else c.slots * self.max_length
             if tokens < self.max_length:
@@ -172,23 +186,36 @@ class Engine:
         """Give the cache's memory back, between requests. `wake` before the next one."""
         if self.busy:
             raise ValueError("requests are running: let them end, or abort them, before the engine sleeps")
-        self.runner.storage.free()
+        for storage in self._storages:
+            storage.free()
         self.tables.forget()
 
     def wake(self) -> None:
-        self.runner.storage.allocate()
+        for storage in self._storages:
+            storage.allocate()
+
+    @property
+    def _storages(self) -> list[Storage]:
+        proposer = None if self.speculation is None else self.speculation.proposer
+        return [self.runner.storage, *([proposer.storage] if isinstance(proposer, Draft) else [])]
 
     @property
     def busy(self) -> bool:
         return bool(self._launched or self.scheduler.waiting or self.scheduler.running)
 
+    @property
+    def _ahead(self) -> bool:
+        """Whether somebody can run ahead: guesses and constraints need the tokens before."""
+        waits = self.speculation is not None or all(r.matcher is not None for r in self.scheduler.running)
+        return self.config.ahead and not waits
+
     def step(self) -> list[tuple[Request, int]]:
         """Launch the next step and read the one before.  -> (request, its new token), of those that still run"""
         before, self._launched = self._launched, None
-        if before is not None and not self.config.ahead:
+        if before is not None and not self._ahead:
             return self._read(before)
-        work = self.scheduler.schedule()
         try:
+            work = self.scheduler.schedule()
             self._launched = self.runner.launch(work) if work else None
         except BaseException:
             # Pages were promised that nobody has filled: whoever could read them ends, and they are not found again.
@@ -234,23 +261,33 @@ class Engine:
         for request, begin, found in launched.states:
             if request.status is not Status.FINISHED:
                 collect(request, begin, found)
-        new = []
-        for row, (request, token) in enumerate(zip(launched.requests, launched.sampled.tokens_R.tolist(), strict=True)):
+        new, first, tokens = [], 0, launched.sampled.tokens_R.tolist()
+        for request, draft in zip(launched.requests, launched.drafts, strict=True):
+            kept = 1
+            if draft and self.speculation is not None and request.status is not Status.FINISHED:
+                kept += self.speculation.accept(draft, tokens[first:])
+            if request.status is Status.RUNNING:
+                request.computed -= len(draft) + 1 - kept
             request.in_flight -= 1
-            if request.status is Status.FINISHED:
-                continue
-            if not request.sampling.max_tokens:
-                self._finish(request, "length")
-                continue
-            request.outputs.append(token)
-            if request.matcher is not None:
-                request.matcher.consume_token(token)
-            if request.sampling.logprobs is not None:
-                request.logprobs.append(launched.sampled.token(row, request.sampling.logprobs))
-            new.append((request, token))
-            if (reason := self._ended(request, token)) is not None:
-                self._finish(request, reason)
+            for row in range(first, first + kept):
+                if request.status is not Status.FINISHED and self._take(request, tokens[row], launched.sampled, row):
+                    new.append((request, tokens[row]))
+            first += 1 + len(draft)
         return new
+
+    def _take(self, request: Request, token: int, sampled: Sampled, row: int) -> bool:
+        """A new token of a request that goes on. False: nothing but its prompt was asked for."""
+        if not request.sampling.max_tokens:
+            self._finish(request, "length")
+            return False
+        request.outputs.append(token)
+        if request.matcher is not None:
+            request.matcher.consume_token(token)
+        if request.sampling.logprobs is not None:
+            request.logprobs.append(sampled.token(row, request.sampling.logprobs))
+        if (reason := self._ended(request, token)) is not None:
+            self._finish(request, reason)
+        return True
 
     def _ended(self, request: Request, token: int) -> FinishReason | None:
         sampling = request.sampling
@@ -262,4 +299,6 @@ class Engine:
         request.finish = reason
         self.taps.close(request.taps)
         cut(request)
+        if self.speculation is not None:
+            self.speculation.proposer.forget(request)
         self.scheduler.finish(request)

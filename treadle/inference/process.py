@@ -40,12 +40,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is: requests that run and wait, preemptions so far, the share of cache that is held."""
+    """How busy an engine is: requests that run and wait, preemptions so far, the share of cache that is held.
+
+    proposed, accepted: tokens that were guessed so far, and those that were right.
+    """
 
     running: int = 0
     waiting: int = 0
     preemptions: int = 0
     cache: float = 0.0
+    proposed: int = 0
+    accepted: int = 0
 
 
 class EngineProcess:
@@ -188,5 +193,6 @@ def _update(request: Request, told: int) -> Update:
 
 
 def _load(engine: Engine) -> Load:
-    scheduler = engine.scheduler
-    return Load(len(scheduler.running), len(scheduler.waiting), scheduler.preemptions, 1 - engine.tables.free)
+    scheduler, guesses = engine.scheduler, engine.speculation
+    counts = (0, 0) if guesses is None else (guesses.proposed, guesses.accepted)
+    return Load(len(scheduler.running), len(scheduler.waiting), scheduler.preemptions, 1 - engine.tables.free, *counts)

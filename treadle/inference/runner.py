@@ -4,7 +4,7 @@ R requests, T new tokens of all of them, P pages, N = R + 1, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,17 @@ PIECE = 512  # tokens of a prompt whose scores are held at the same time
 class Launched:
     """A step on its way. `arrived` waits for it.
 
-    requests: those whose next token is drawn, in the order of `sampled`.
+    requests: those whose next tokens are drawn, in the order of `sampled`.
     prompts: what was asked of prompts: the request, the step's first token of it, and what follows each of them.
     states: hidden states that were asked for: the request, the step's first token of it, and what was found.
+    drafts: the requests' guesses, after each of which one more token is drawn.
     """
 
     requests: list[Request]
     sampled: Sampled
     prompts: list[tuple[Request, int, Sampled]] = field(default_factory=list)
     states: list[tuple[Request, int, dict[str, Tensor]]] = field(default_factory=list)
+    drafts: list[Sequence[int]] = field(default_factory=list)
     event: Any = None
 
     def arrived(self) -> "Launched":
@@ -103,7 +105,6 @@ class Runner:
     def launch(self, work: Sequence[Work]) -> Launched:
         """Queue a step; on a GPU it runs while the host goes on."""
         tokens_1T, context = self._batch(work)
-        drawn = [index for index, part in enumerate(work) if part.samples]
         with torch.compiler.set_stance("force_eager"):
             x_1TD = self.model.hidden(tokens_1T, context)
             ends = np.cumsum([part.end - part.begin for part in work])
@@ -117,9 +118,11 @@ class Runner:
                 for part, begin, end in zip(work, [0, *ends.tolist()], ends.tolist(), strict=False)
                 if part.request.taps or part.request.sampling.pooling
             ]
-            logits_RV = self.model.head(x_1TD[0, self._tensor(ends[drawn] - 1)])
-        requests = [work[index].request for index in drawn]
-        launched = Launched(requests, self.sampler.draw(logits_RV, requests), prompts, states)
+            rows, asked = _drawn(work, ends.tolist())
+            logits_RV = self.model.head(x_1TD[0, self._tensor(rows)])
+        sampling = [part for part in work if part.samples]
+        requests, drafts = [part.request for part in sampling], [part.draft for part in sampling]
+        launched = Launched(requests, self.sampler.draw(logits_RV, asked), prompts, states, drafts)
         return launched if self.device.type == "cpu" else _home(launched)
 
     def _prompt(self, part: Work, x_TD: Tensor) -> Sampled:
@@ -140,7 +143,8 @@ class Runner:
         values: list[int] = []
         slots: list[int] = []
         for part in work:
-            known = [part.request.token(position) for position in range(part.begin, part.end)]
+            known = [part.request.token(position) for position in range(part.begin, part.end - len(part.draft))]
+            known += part.draft
             values += [0 if token is None else token for token in known]
             slots += [part.request.place if token is None else -1 for token in known]
         tokens_T, slots_T = self._tensor(np.array(values)), self._tensor(np.array(slots))
@@ -164,7 +168,7 @@ class Runner:
         width = max(-(-part.end // size) for part in work)
         tables = np.zeros((len(work), width), dtype=np.int32)
         for row, part in enumerate(work):
-            held = part.request.pages[kind]
+            held = part.request.pages[kind][:width]  # guesses that were wrong leave it with more than it needs
             tables[row, : len(held)] = held
         slots = tables[requests, positions // size].astype(np.int64) * size + positions % size
         longest = max(part.end - part.begin for part in work)
@@ -190,6 +194,19 @@ class Runner:
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
 
+def _drawn(work: Sequence[Work], ends: Sequence[int]) -> tuple[list[int], list[Request]]:
+    """The rows of a step after which a token is drawn, and the request as it is at each, if the guesses are right."""
+    rows: list[int] = []
+    requests: list[Request] = []
+    for part, end in zip(work, ends, strict=True):
+        if part.samples:
+            guesses = len(part.draft)
+            rows += range(end - 1 - guesses, end)
+            requests.append(part.request)
+            requests += [replace(part.request, in_flight=part.request.in_flight + i + 1) for i in range(guesses)]
+    return rows, requests
+
+
 def _home(launched: Launched) -> Launched:
     """The same in the host's memory, once it has `arrived`."""
     prompts = [(request, begin, sampled.to_host()) for request, begin, sampled in launched.prompts]
@@ -197,4 +214,4 @@ def _home(launched: Launched) -> Launched:
     states = [(request, begin, {k: to_host(x) for k, x in found.items()}) for request, begin, found in launched.states]
     event = torch.cuda.Event()
     event.record()
-    return Launched(launched.requests, sampled, prompts, states, event)
+    return Launched(launched.requests, sampled, prompts, states, launched.drafts, event)

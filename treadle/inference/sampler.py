@@ -96,7 +96,7 @@ class Sampler:
         temperature_R1 = self._tensor([sampling.temperature or 1.0 for sampling in asked])[:, None]
         filtered_RV = _filter(self, scores_RV / temperature_R1, asked)
         greedy_R = self._tensor([sampling.temperature == 0 for sampling in asked], torch.bool)
-        seeds_R = self._tensor([self._seed(request) for request in requests], torch.int64)
+        seeds_R = self._tensor([self.seed(request) for request in requests], torch.int64)
         positions_R = self._tensor([request.length - 1 for request in requests], torch.int64)
         gumbel_RV = -torch.log(-torch.log(uniform(seeds_R, positions_R, self.vocabulary)))
         # Filtering and noise leave the greedy rows alone.
@@ -104,9 +104,9 @@ class Sampler:
 
     def _shifted(self, logits_RV: Tensor, requests: Sequence[Request], slots_R: Tensor) -> Tensor:
         """The scores after what the request says about single tokens: penalties, bias, and ends that come too early."""
-        penalised = [_penalised(request.sampling) for request in requests]
-        if any(penalised):
-            logits_RV = self._penalise(logits_RV, requests, penalised, slots_R)
+        wanted = [penalised(request.sampling) for request in requests]
+        if any(wanted):
+            logits_RV = self._penalise(logits_RV, requests, wanted, slots_R)
         rows: list[int] = []
         tokens: list[int] = []
         values: list[float] = []
@@ -123,12 +123,12 @@ class Sampler:
         return logits_RV
 
     def _penalise(
-        self, logits_RV: Tensor, requests: Sequence[Request], penalised: Sequence[bool], slots_R: Tensor
+        self, logits_RV: Tensor, requests: Sequence[Request], wanted: Sequence[bool], slots_R: Tensor
     ) -> Tensor:
         counts_SV, seen_SV = self._tallies()
-        for request, wanted in zip(requests, penalised, strict=True):
+        for request, one in zip(requests, wanted, strict=True):
             slot = request.place
-            if wanted and self._counted.get(slot) is not request:
+            if one and self._counted.get(slot) is not request:
                 self._count(request, counts_SV[slot], seen_SV[slot])
                 self._counted[slot] = request
         repetition_R1, presence_R1, frequency_R1 = (
@@ -155,7 +155,7 @@ class Sampler:
         seen_V[prompt] = True
         seen_V[outputs] = True
 
-    def _seed(self, request: Request) -> int:
+    def seed(self, request: Request) -> int:
         seed = self._salt ^ request.number if request.sampling.seed is None else request.sampling.seed
         return (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # any integer, as one of 64 bits
 
@@ -200,5 +200,5 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def _penalised(sampling: Sampling) -> bool:
+def penalised(sampling: Sampling) -> bool:
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)

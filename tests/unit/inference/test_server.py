@@ -409,9 +409,13 @@ def test_the_key_is_asked_for_and_broken_json_is_no_crash(server: Server) -> Non
         assert client.get("/health").json() == {"status": "ok"}
 
 
-def idle(client: httpx.Client) -> bool:
+def metric(client: httpx.Client, name: str) -> float:
     found = dict(line.split(" ") for line in client.get("/metrics").text.splitlines() if line[0] != "#")
-    return float(found["treadle_engine_running"]) == float(found["treadle_engine_waiting"]) == 0
+    return float(found[f"treadle_engine_{name}"])
+
+
+def idle(client: httpx.Client) -> bool:
+    return metric(client, "running") == metric(client, "waiting") == 0
 
 
 def test_many_clients_of_which_some_go_away_leave_nothing_behind(server: Server) -> None:
@@ -440,11 +444,15 @@ def test_many_clients_of_which_some_go_away_leave_nothing_behind(server: Server)
         assert idle(client)
 
 
-def test_an_engine_that_dies_is_said_to_be_dead(folder: Path) -> None:
-    server = Server(folder, "cache_tokens=2048", "page=8")
+def test_an_engine_that_guesses_and_then_dies(folder: Path, model: Any) -> None:
+    server = Server(folder, "cache_tokens=2048", "page=8", "speculate=3", "--draft", str(folder))
     try:
         (engine,) = [p for p in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
         with httpx.Client(base_url=server.address, timeout=60) as client:
+            asked = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
+            text = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+            assert text.rstrip("\ufffd") == greedy(model, "hello", 12)
+            assert 0 < metric(client, "proposed") == metric(client, "accepted") < 12
             refused = client.post("/v1/embeddings", json={"input": "a"})
             with client.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 100, "stream": True}) as s:
                 lines = s.iter_lines()
