@@ -29,6 +29,9 @@ def serve(
         str | None,
         typer.Option(help="A smaller run or model of the same tokenizer, which guesses tokens; with speculate=4."),
     ] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="fp8: weights of 8 bits, half the memory of bf16 (Hopper, Ada or later).")
+    ] = None,
     pooling: Annotated[
         str | None, typer.Option(help="Serve embeddings: the mean of the hidden states, or the last one (mean, last).")
     ] = None,
@@ -67,13 +70,15 @@ def serve(
 
     if pooling not in (None, "mean", "last"):
         raise ConfigError(f"--pooling: '{pooling}' is unknown; try mean or last")
+    if quantise not in (None, "fp8"):
+        raise ConfigError(f"--quantise: '{quantise}' is unknown; try fp8")
     folder = find_model(model, root)
     config = resolve(EngineConfig, {}, overrides or [])
     place = tokenizer_folder(folder)
     tokenizer = Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None
     chat = ChatTemplate(template.read_text()) if template is not None else ChatTemplate.load(place)
     guesses = None if draft is None else find_model(draft, root)
-    engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or []), guesses))
+    engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or []), guesses, quantise))
     try:
         _listen(engine, name or folder.resolve().name, tokenizer, chat, (host, port), key, waiting, pooling)
     finally:
@@ -81,10 +86,17 @@ def serve(
 
 
 def make_engine(
-    folder: Path, config: Any, device: str, dtype: str, imports: list[str], draft: Path | None = None
+    folder: Path,
+    config: Any,
+    device: str,
+    dtype: str,
+    imports: list[str],
+    draft: Path | None = None,
+    quantise: str | None = None,
 ) -> "Engine":
     """The engine of a model folder, and of the folder of a model that guesses; in its own process."""
     from treadle.api import load
+    from treadle.inference import quantised
     from treadle.inference.engine import Engine
     from treadle.train.setup import DTYPES
 
@@ -93,6 +105,8 @@ def make_engine(
     wanted = None if dtype == "auto" else DTYPES[dtype]  # type: ignore[index]
     options: dict[str, Any] = {"device": device, "dtype": wanted, "imports": imports}
     loaded, tokenizer = load(folder, **options)
+    if quantise is not None:
+        quantised.quantise(loaded)
     if draft is None:
         return Engine(loaded, config, tokenizer=tokenizer)
     guesses, other = load(draft, **options)

@@ -15,6 +15,7 @@ from treadle.config import Config
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import ConfigError
 from treadle.inference.constrained import Grammars
+from treadle.inference.quantised import QuantisedLinear
 from treadle.inference.request import FinishReason, Pooling, Request, Sampling, Status
 from treadle.inference.runner import Launched, Runner, Storage, is_recurrent, windows_of
 from treadle.inference.sampler import Sampled
@@ -179,7 +180,12 @@ class Engine:
             raise ValueError(f"the model has no weights {', '.join(unknown[:3])}")
         with torch.no_grad():
             for name, tensor in weights.items():
-                own[name].copy_(tensor)
+                path, _, leaf = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                if isinstance(module, QuantisedLinear) and leaf == "weight":
+                    module.take(tensor)
+                else:
+                    own[name].copy_(tensor)
         self.tables.forget()
 
     def sleep(self) -> None:
@@ -262,7 +268,8 @@ class Engine:
             if request.status is not Status.FINISHED:
                 collect(request, begin, found)
         new, first, tokens = [], 0, launched.sampled.tokens_R.tolist()
-        for request, draft in zip(launched.requests, launched.drafts, strict=True):
+        drafts = launched.drafts or [()] * len(launched.requests)
+        for request, draft in zip(launched.requests, drafts, strict=True):
             kept = 1
             if draft and self.speculation is not None and request.status is not Status.FINISHED:
                 kept += self.speculation.accept(draft, tokens[first:])

@@ -29,7 +29,7 @@ class Launched:
     requests: those whose next tokens are drawn, in the order of `sampled`.
     prompts: what was asked of prompts: the request, the step's first token of it, and what follows each of them.
     states: hidden states that were asked for: the request, the step's first token of it, and what was found.
-    drafts: the requests' guesses, after each of which one more token is drawn.
+    drafts: the requests' guesses, after each of which one more token is drawn; empty: nobody has any.
     """
 
     requests: list[Request]
