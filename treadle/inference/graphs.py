@@ -59,7 +59,7 @@ class Decoder:
         self.steps, self.pool = {}, None
 
     def takes(self, work: Sequence[Work]) -> bool:
-        return self.possible and all(part.end - part.begin == 1 and part.samples for part in work)
+        return self.possible and all(map(_is_usual, work))
 
     def forget(self, work: Sequence[Work]) -> None:
         """These requests move on by other steps."""
@@ -114,7 +114,8 @@ class Decoder:
         rows = np.zeros((len(self.tables_SP), len(new), self.widest), dtype=np.int32)
         for kind in self._kinds:
             for row, request in zip(rows[kind], new, strict=True):
-                row[: len(request.pages[kind])] = request.pages[kind]
+                held = request.pages[kind][: self.widest]
+                row[: len(held)] = held
         temperatures = np.array([request.sampling.temperature for request in new], dtype=np.float32)
         seeds = np.array([self.sampler.seed(request) for request in new])
         known = [*self.tables_SP, self.temperatures_S, self.seeds_S]
@@ -182,6 +183,11 @@ class Decoder:
     def _pinned(self, values: Any) -> Tensor:
         host = torch.from_numpy(values)
         return host if self.device.type == "cpu" else host.pin_memory()
+
+
+def _is_usual(part: Work) -> bool:
+    """One token, after which the next one is drawn, and nothing else is asked for."""
+    return part.end - part.begin == 1 and part.samples and not part.request.sampling.pooling
 
 
 def _forbid_waiting(forbid: bool) -> None:

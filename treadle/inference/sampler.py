@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from treadle import kernels
+from treadle.inference.constrained import constrained
 from treadle.inference.request import Logprob, Request, Sampling
 from treadle.kernels.draw import gumbel
 
@@ -47,13 +48,13 @@ class Sampled:
 
     def to_host(self) -> "Sampled":
         """Copies in pinned memory, on their way."""
+        columns = [getattr(self, f.name) for f in fields(self)]
+        return Sampled(*(None if x is None else to_host(x) for x in columns))  # type: ignore[arg-type]
 
-        def copy(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
-        return Sampled(*(copy(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+def to_host(x: Tensor) -> Tensor:
+    """A copy in pinned memory, on its way."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def described(logits_RV: Tensor, tokens_R: Tensor, most: int) -> Sampled:
@@ -69,7 +70,8 @@ def described(logits_RV: Tensor, tokens_R: Tensor, most: int) -> Sampled:
 def plain_from(request: Request) -> int:
     """The position from which on a request's tokens are drawn from its scores as they are, by temperature alone."""
     asked = request.sampling
-    if _penalised(asked) or asked.logit_bias or asked.logprobs or asked.top_k or asked.top_p < 1 or asked.min_p > 0:
+    filtered = asked.top_k or asked.top_p < 1 or asked.min_p > 0
+    if filtered or penalised(asked) or asked.logit_bias or asked.logprobs or request.matcher is not None:
         return ALWAYS_RARE
     return len(request.prompt) + asked.min_tokens if asked.min_tokens and request.ends else 0
 
@@ -96,7 +98,7 @@ class Sampler:
             self.latest_S[slots_R] = tokens_R
             return Sampled(tokens_R, logprobs_R)
         logits_RV = logits_RV.float()
-        scores_RV = self._shifted(logits_RV, requests, slots_R)
+        scores_RV = constrained(self._shifted(logits_RV, requests, slots_R), requests)
         tokens_R = self._choose(scores_RV, requests, asked)
         self.latest_S[slots_R] = tokens_R
         if self._counts_SV is not None and self._seen_SV is not None:
@@ -116,9 +118,9 @@ class Sampler:
 
     def _shifted(self, logits_RV: Tensor, requests: Sequence[Request], slots_R: Tensor) -> Tensor:
         """The scores after what the request says about single tokens: penalties, bias, and ends that come too early."""
-        penalised = [_penalised(request.sampling) for request in requests]
-        if any(penalised):
-            logits_RV = self._penalise(logits_RV, requests, penalised, slots_R)
+        wanted = [penalised(request.sampling) for request in requests]
+        if any(wanted):
+            logits_RV = self._penalise(logits_RV, requests, wanted, slots_R)
         rows: list[int] = []
         tokens: list[int] = []
         values: list[float] = []
@@ -135,12 +137,12 @@ class Sampler:
         return logits_RV
 
     def _penalise(
-        self, logits_RV: Tensor, requests: Sequence[Request], penalised: Sequence[bool], slots_R: Tensor
+        self, logits_RV: Tensor, requests: Sequence[Request], wanted: Sequence[bool], slots_R: Tensor
     ) -> Tensor:
         counts_SV, seen_SV = self._tallies()
-        for request, wanted in zip(requests, penalised, strict=True):
+        for request, one in zip(requests, wanted, strict=True):
             slot = request.place
-            if wanted and self._counted.get(slot) is not request:
+            if one and self._counted.get(slot) is not request:
                 self._count(request, counts_SV[slot], seen_SV[slot])
                 self._counted[slot] = request
         repetition_R1, presence_R1, frequency_R1 = (
@@ -204,5 +206,5 @@ def _is_plain(request: Request) -> bool:
     return request.length - 1 >= plain_from(request)
 
 
-def _penalised(sampling: Sampling) -> bool:
+def penalised(sampling: Sampling) -> bool:
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
