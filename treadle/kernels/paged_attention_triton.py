@@ -203,8 +203,7 @@ def sizes(q: Tensor, value_dim: int, group: int, single: bool, latent: bool) -> 
         return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 3, 1 if single else 0)
     if single:
         return Sizes(1, heads, keys, 4, 3, 4, 128)
-    rows = 128 if value_dim <= 128 else 64
-    return Sizes(max(1, rows // heads), heads, more, 8, 3, 0)
+    return Sizes(max(1, 64 // heads), heads, more, 4 if value_dim <= 128 else 8, 3, 0)
 
 
 def unsupported(q: Tensor, keys: Tensor, values: Tensor | None, *rest: Any) -> str | None:

@@ -19,6 +19,9 @@ WRITTEN = sorted(n for n, o in kernels.OPERATIONS.items() if find_spec("triton")
 
 # What two programs of 256 threads on each multiprocessor leave to a thread, and to a program of shared memory.
 REGISTERS, SHARED = 128, 113 * 1024
+# Tiles that are multiplied hold more: at most what one program leaves, and what is spilled is so outside of the loop.
+MULTIPLYING = {"paged_attention"}
+ALL_REGISTERS, ALL_SHARED = 65536, 227 * 1024
 
 
 def run(script: str, *names: str) -> list[str]:
@@ -49,8 +52,13 @@ def test_compiled_for_hopper() -> None:
     compiled = [json.loads(line) for line in run("offline.py", *WRITTEN)]
     assert {kernel["operation"] for kernel in compiled} == set(WRITTEN)
     for kernel in compiled:
-        assert kernel["spills"] == kernel["stack"] == 0, kernel
-        assert kernel["reg"] <= REGISTERS, kernel
-        assert kernel["shared"] <= SHARED, kernel
+        if kernel["operation"] in MULTIPLYING and kernel["products"]:
+            assert kernel["inner_spills"] == 0, kernel
+            assert kernel["reg"] * 32 * kernel["warps"] <= ALL_REGISTERS, kernel
+            assert kernel["shared"] <= ALL_SHARED, kernel
+        else:
+            assert kernel["spills"] == kernel["stack"] == 0, kernel
+            assert kernel["reg"] <= REGISTERS, kernel
+            assert kernel["shared"] <= SHARED, kernel
         assert kernel["wide_loads"] > 0, kernel
         assert kernel["narrow_loads"] <= 1, kernel  # the logit of the one token that is asked for
