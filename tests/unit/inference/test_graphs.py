@@ -112,3 +112,19 @@ def test_tokens_of_a_batch_are_those_of_a_loop(ahead: int) -> None:
             expected.append(100 + slot if token is None else token)
     starts = torch.tensor([0, *(work.end - work.begin for work in works)]).cumsum(0).numpy()
     assert made.runner._tokens(works, starts).tolist() == expected
+
+
+def test_hidden_states_and_guesses_go_by_other_steps() -> None:
+    model = tiny({"kind": "gated", "dim": 32})
+    prompts, greedy = [[i + 1] * 5 for i in range(3)], Sampling(max_tokens=12, temperature=0)
+    expected = [done.outputs for done in Engine(model, EngineConfig(slots=7, page=4)).generate(prompts, greedy)]
+    made = engine(model, speculate=2)
+    assert [done.outputs for done in made.generate(prompts, greedy)] == expected
+    tapped = engine(model)
+    done = tapped.generate(prompts, greedy, taps=["layers.0"])
+    assert [request.outputs for request in done] == expected
+    assert all(request.hidden["layers.0"].shape == (16, 16) for request in done)
+    assert tapped.runner.decoder is not None
+    assert not tapped.runner.decoder.steps
+    assert [request.outputs for request in tapped.generate(prompts, greedy)] == expected
+    assert tapped.runner.decoder.steps
