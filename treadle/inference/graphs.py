@@ -45,7 +45,7 @@ class Decoder:
             self.tables_SP = [torch.zeros(slots, self.widest, dtype=torch.int32) for _ in storage.counts]
             self.temperatures_S, self.seeds_S = torch.zeros(slots), torch.zeros(slots, dtype=torch.int64)
             self.count = torch.arange(slots + 1, dtype=torch.int32)
-            self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+            self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # Whose pages the device knows; and the positions from which on nothing rare is asked of a draw.
         self.owners: list[Any] = [None] * self.slots
         self.plain_S = np.zeros(self.slots, dtype=np.int64)
@@ -55,7 +55,7 @@ class Decoder:
     def clear(self) -> None:
         """Drop all graphs: the memory that they know is about to go."""
         if self.stream is not None:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         self.steps, self.pool = {}, None
 
     def takes(self, work: Sequence[Work]) -> bool:
@@ -147,7 +147,7 @@ class Decoder:
 
     def _capture(self, step: Callable[[], Found], stream: Any) -> Callable[[], Found] | None:
         """A graph of a step, whose rows are all nobody's by now. None, with a warning, where the step reads numbers."""
-        here = torch.cuda.current_stream()
+        here = torch.cuda.current_stream(self.device)
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             try:
