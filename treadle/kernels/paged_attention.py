@@ -15,6 +15,7 @@ from torch import Tensor
 from treadle.kernels.operation import Floor, Operation, Shape, nbytes
 
 
+@torch.compiler.disable  # it goes by what only the device knows
 def _definition(
     q_THK: Tensor,
     keys: Tensor,

@@ -19,7 +19,7 @@ from treadle.kernels.launch import power_of_two, programs
 
 MOST_REQUESTS, WIDEST = 4096, 256
 FEWEST = 256  # requests that a kernel is compiled for
-SPLIT = 512  # keys of a part
+SPLIT = 512  # keys of a part, at most
 PARTS_BYTES = 2 << 20  # of a request's parts: where it would have more of them, they are longer
 
 
@@ -29,7 +29,8 @@ def _splits(length, window, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.
     first = length * 0
     if WINDOW:
         first = tl.maximum(length - window, 0) // BN * BN
-    size = tl.maximum(tl.cdiv(length - first, SPLIT * MOST), 1) * SPLIT
+    parts = tl.maximum(tl.minimum(tl.cdiv(length - first, SPLIT), MOST), 1)
+    size = tl.maximum(tl.cdiv(tl.cdiv(length - first, parts), BN), 1) * BN  # all alike, or some programs end late
     return first, size, tl.maximum(tl.cdiv(length - first, size), 1)
 
 
@@ -43,21 +44,22 @@ def _page(TABLE, j0, n, end, PAGE: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _rows(X, page, j0, n, g, x_page, x_place, x_head, PAGE: tl.constexpr, BN: tl.constexpr):
+def _rows(X, page, j0, n, g, x_page, PLACE: tl.constexpr, x_head, PAGE: tl.constexpr, BN: tl.constexpr):
     """Where the keys or values from j0 on lie."""
     if PAGE % BN == 0:
-        return X + (page * x_page + j0 % PAGE * x_place + g * x_head) + (n * x_place)[:, None]
+        return X + (page * x_page + j0 % PAGE * PLACE + g * x_head) + (n * PLACE)[:, None]
     else:
-        return X + (page * x_page + (j0 + n) % PAGE * x_place + g * x_head)[:, None]
+        return X + (page * x_page + (j0 + n) % PAGE * PLACE + g * x_head)[:, None]
 
 
 @triton.jit(do_not_specialize=["requests", "splits", "table_row"])  # or each batch may have to be compiled
 def _attend(
     Q, KEYS, VALUES, TABLES, LENGTHS, STARTS, SLOPES, SINKS, OUT, PARTS, STATES, requests, H, group, columns, window,
-    scale, softcap, q_token, q_head, k_page, k_place, k_head, v_page, v_place, v_head, table_row, splits,
-    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, SINGLE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr, BR: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    scale, softcap, q_token, q_head, k_page, k_head, v_page, v_head, table_row, splits,
+    K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, K_PLACE: tl.constexpr, V_PLACE: tl.constexpr,
+    SINGLE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr,
+    BR: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.arange(0, BR)
@@ -107,7 +109,7 @@ def _attend(
         for j0 in range(begin, end, BN):
             j, page = j0 + n, following
             following = _page(TABLES + r * table_row, j0 + BN, n, end, PAGE, BN)
-            at = _rows(KEYS, page, j0, n, g, k_page, k_place, k_head, PAGE, BN)
+            at = _rows(KEYS, page, j0, n, g, k_page, K_PLACE, k_head, PAGE, BN)
             if BT > 0:  # the first V channels are the value too
                 here = (j < end)[:, None]
                 x = tl.load(at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
@@ -120,7 +122,7 @@ def _attend(
                 else:
                     x = tl.load(at + k[None, :], (k < K)[None, :], other=0.0)
                 scores = tl.dot(q, tl.trans(x), input_precision="ieee")
-                v_at = _rows(VALUES, page, j0, n, g, v_page, v_place, v_head, PAGE, BN)
+                v_at = _rows(VALUES, page, j0, n, g, v_page, V_PLACE, v_head, PAGE, BN)
                 here = (j < end)[:, None]
                 x = tl.load(v_at + v[None, :], here if V == BV else here & (v < V)[None, :], other=0.0)
             if SOFTCAP:
@@ -202,7 +204,7 @@ def sizes(q: Tensor, value_dim: int, group: int, single: bool, latent: bool) -> 
     if latent:
         return Sizes(1 if single else max(1, 64 // heads), heads, 32, 8, 3, 1 if single else 0)
     if single:
-        return Sizes(1, heads, keys, 4, 3, 4, 128)
+        return Sizes(1, heads, keys, 4, 3, 8, 128)  # twice as many programs as run at a time: some end early
     return Sizes(max(1, 64 // heads), heads, more, 4 if value_dim <= 128 else 8, 3, 0)
 
 
@@ -244,13 +246,13 @@ def paged_attention(
         count = programs(q, items, 32 // s.programs) if s.programs else items
         _attend[(count,)](
             q, keys, values, tables, lengths, starts, slopes, sinks, out, parts, states, R, H, H // G, columns,
-            window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3], *v.stride()[:3], tables.stride(0),
-            splits, K=K, PAGE=page, SINGLE=one, SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)),
-            TOKENS=s.tokens, HEADS=s.heads, BM=max(16, s.tokens * s.heads),
-            BK=BV if tail else max(16, power_of_two(K)), BT=tail, **shared,
+            window or 0, scale, softcap or 0.0, *q.stride()[:2], *keys.stride()[:3:2], *v.stride()[:3:2],
+            tables.stride(0), splits, K=K, PAGE=page, K_PLACE=keys.stride(1), V_PLACE=v.stride(1), SINGLE=one,
+            SOFTCAP=softcap is not None, BR=max(FEWEST, power_of_two(R)), TOKENS=s.tokens, HEADS=s.heads,
+            BM=max(16, s.tokens * s.heads), BK=BV if tail else max(16, power_of_two(K)), BT=tail, **shared,
             num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
         )  # fmt: skip
         if parts is not None:
             tensors = parts, states, lengths, starts, out
-            _join[(R, H)](*tensors, H, window or 0, splits, **shared, CHUNK=8, num_warps=1)
+            _join[(R, H)](*tensors, H, window or 0, splits, **shared, CHUNK=8, num_warps=max(1, BV // 128))
     return out

@@ -1,4 +1,4 @@
-"""Attention to pages in Triton's interpreter, in a process of its own: python paged_cases.py numbers|invariance
+"""Attention to pages in Triton's interpreter, in a process of its own: python paged_cases.py numbers|invariance|engine
 
 Numbers are held against a loop over requests, tokens and heads in float64, which knows no pages.
 """
@@ -9,7 +9,11 @@ from typing import Any
 import interpreter  # noqa: F401  before triton
 import torch
 
+import treadle
+from treadle.inference.engine import Engine, EngineConfig
+from treadle.inference.request import Sampling
 from treadle.kernels import paged_attention_triton as kernels
+from treadle.kernels import use
 
 DECODE = {"counts": [1, 1, 1, 1, 1], "lengths": [1, 17, 0, 150, 64]}
 CHUNKS = {"counts": [9, 20, 2], "lengths": [9, 83, 100]}
@@ -112,8 +116,34 @@ def invariance() -> None:
             print("ok" if same else "WRONG", row, case)
 
 
+MIXERS: list[dict[str, Any]] = [
+    {"kind": "attention", "heads": 4, "kv_heads": 1, "head_dim": 16, "window": 6, "sinks": True},
+    {"kind": "attention", "heads": 6, "kv_heads": 2, "head_dim": 16, "softcap": 5.0, "position": {"kind": "alibi"}},
+    {"kind": "latent_attention", "heads": 2, "kv_rank": 16, "nope_dim": 16, "rope_dim": 16, "value_dim": 16},
+]
+
+
+def engine() -> None:
+    """Texts through the kernels are those of gathered pages, with prompts in chunks beside what is generated."""
+    layers = [{"kind": "pre_norm", "mixer": mixer, "feedforward": {"kind": "gated", "dim": 32}} for mixer in MIXERS]
+    model = treadle.build({"dim": 32, "vocab_size": 61, "max_length": 96, "layers": layers}, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # so that texts differ
+    prompts = [[(7 * i + j) % 61 for j in range(3 + 13 * i)] for i in range(3)]
+    for page in (5, 16):
+        texts = []
+        for backend in ("torch", "triton"):
+            config = EngineConfig(slots=3, budget=12, page=page, cache_tokens=256, policy="latency")
+            with use(paged_attention=backend):
+                done = Engine(model, config).generate(prompts, Sampling(max_tokens=6, temperature=0))
+            texts.append([request.outputs for request in done])
+        print("ok" if texts[0] == texts[1] and len(texts[0][2]) == 6 else "WRONG", page, texts)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     kernels.SPLIT = 64  # so that short texts come in parts, and some of these are longer
     kernels.PARTS_BYTES = 2 * 4 * 128 * 4
-    {"numbers": numbers, "invariance": invariance}[sys.argv[1]]()
+    {"numbers": numbers, "invariance": invariance, "engine": engine}[sys.argv[1]]()
