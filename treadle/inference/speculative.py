@@ -10,9 +10,9 @@ noise agrees often, as its scores are similar, and no draft changes the text (Da
 The one exception is rounding: a matrix product of several rows may round otherwise than that of one.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from treadle.errors import ConfigError
 from treadle.inference.request import Request
@@ -23,7 +23,8 @@ from treadle.inference.states import Taps
 from treadle.inference.tables import Tables
 from treadle.nn.transformer import Transformer
 
-LONGEST, SHORTEST = 4, 2  # beginnings that are looked up, in tokens
+LONGEST, SHORTEST = 4, 2  # tokens that are looked up
+SIZE = 4  # bytes of a token
 
 
 class Proposer(Protocol):
@@ -72,32 +73,35 @@ class Lookup:
     """Guesses that what followed the last few tokens before will follow them again (prompt lookup, Saxena 2023)."""
 
     def __init__(self) -> None:
-        self._places: WeakKeyDictionary[Request, dict[tuple[int, ...], int]] = WeakKeyDictionary()
-        self._read: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self._texts: dict[Request, bytearray] = {}  # of tokens as numbers of 4 bytes, which are searched fast
 
     def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         return [self._propose(request, limit) for request, limit in zip(requests, limits, strict=True)]
 
     def _propose(self, request: Request, limit: int) -> list[int]:
-        tokens = [*request.prompt, *request.outputs]
-        places = self._places.setdefault(request, {})
-        for end in range(self._read.get(request, SHORTEST), len(tokens)):  # something follows each of these
-            for size in range(SHORTEST, min(LONGEST, end) + 1):
-                places[tuple(tokens[end - size : end])] = end
-        self._read[request] = max(len(tokens), SHORTEST)
-        sizes = range(min(LONGEST, len(tokens)), SHORTEST - 1, -1)
-        place = next((found for size in sizes if (found := places.get(tuple(tokens[-size:]))) is not None), None)
-        if place is None:
-            return []
-        guessed = len(tokens)
-        for _ in range(limit):  # a repetition may go on into what is guessed
-            tokens.append(tokens[place])
-            place += 1
-        return tokens[guessed:]
+        text = self._texts.setdefault(request, bytearray(array("i", request.prompt).tobytes()))
+        text += array("i", request.outputs[len(text) // SIZE - len(request.prompt) :]).tobytes()
+        tokens = len(text) // SIZE
+        for size in range(min(LONGEST, tokens - 1), SHORTEST - 1, -1):
+            if (place := self._before(text, size)) is not None:
+                found = array("i", text[place * SIZE : (place + limit) * SIZE]).tolist()
+                while len(found) < limit:  # a repetition goes on into what is guessed
+                    found.append(found[place - tokens + len(found)])
+                return found
+        return []
+
+    @staticmethod
+    def _before(text: bytearray, size: int) -> int | None:
+        """The place after the last time that the text's last `size` tokens came before."""
+        tail, end = text[-size * SIZE :], len(text) - SIZE
+        while (at := text.rfind(tail, 0, end)) >= 0:
+            if at % SIZE == 0:
+                return at // SIZE + size
+            end = at + len(tail) - 1
+        return None
 
     def forget(self, request: Request) -> None:
-        self._places.pop(request, None)
-        self._read.pop(request, None)
+        self._texts.pop(request, None)
 
 
 class Draft:

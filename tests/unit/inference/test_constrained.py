@@ -98,7 +98,7 @@ def test_company_changes_nothing_and_what_has_no_constraint_is_left_alone() -> N
     each = [*bound, free, grammar]
     prompts = [[number] * 9 for number in range(len(each))]
     alone = [engine().generate([prompt], one)[0].outputs for prompt, one in zip(prompts, each, strict=True)]
-    for keys in ({}, {"cache_tokens": 160, "slots": 7}, {"policy": "latency", "budget": 5, "ahead": False}):
+    for keys in ({}, {"cache_tokens": 160, "slots": 7}, {"policy": "latency", "budget": 5, "speculate": 3}):
         served = engine(**keys)
         done = served.generate(prompts, each)
         assert [request.outputs for request in done] == alone

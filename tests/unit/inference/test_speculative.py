@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_engine import MODELS, VOCABULARY, alone, tiny
 
 from treadle.errors import ConfigError
@@ -99,11 +101,29 @@ def test_what_was_seen_is_guessed_again() -> None:
     assert lookup.propose([request], [3]) == [[]]
     request.outputs += [2, 3]
     assert lookup.propose([request], [2]) == [[9, 2]]  # the latest place counts
-    repeated = Request([7, 7, 7], Sampling())
-    assert lookup.propose([repeated], [5]) == [[7] * 5]
-    assert lookup.propose([Request([1], Sampling())], [5]) == [[]]
+    assert lookup.propose([Request([7, 7, 7], Sampling())], [5]) == [[7] * 5]
+    assert lookup.propose([Request([1], Sampling()), Request([1, 1], Sampling())], [5, 5]) == [[], []]
     lookup.forget(request)
-    assert request not in lookup._places
+    assert request not in lookup._texts
+
+
+@given(text=st.lists(st.sampled_from([0, 1, 256, 65536, 257]), min_size=1, max_size=40), limit=st.integers(1, 6))
+def test_a_guess_is_what_a_search_finds(text: list[int], limit: int) -> None:
+    """Also where a token's bytes are those of parts of others."""
+    expected: list[int] = []
+    for size in (4, 3, 2):
+        places = [end for end in range(size, len(text)) if text[end - size : end] == text[len(text) - size :]]
+        if places and size < len(text):
+            longer = list(text)
+            while len(longer) < len(text) + limit:
+                longer.append(longer[places[-1] + len(longer) - len(text)])
+            expected = longer[len(text) :]
+            break
+    cut = len(text) // 2 + 1
+    request, lookup = Request(text[:cut], Sampling()), Lookup()
+    lookup.propose([request], [limit])
+    request.outputs += text[cut:]
+    assert lookup.propose([request], [limit]) == [expected]
 
 
 class Random:
