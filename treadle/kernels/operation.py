@@ -181,7 +181,7 @@ def choose(operation: Operation, *args: Any) -> Choice:
     """Which implementation computes this call. Raises ConfigError where a named one cannot."""
     # Of numbers nothing hangs on floats, such as a learning rate, of which there is another one at each step.
     kinds = ((a.shape, a.dtype, a.device.type) if isinstance(a, Tensor) else a for a in args if type(a) is not float)
-    key = (operation.name, *kinds)
+    key = (operation.name, torch.is_inference_mode_enabled(), *kinds)
     if key not in _chosen:
         _chosen[key] = _choose(operation, *args)
     return _chosen[key]
@@ -206,6 +206,8 @@ def _choose(operation: Operation, *args: Any) -> Choice:
     able = [name for name in BACKENDS if operation.unusable(name, *args) is None]
     row = tables.nearest_row(operation.name, args[0])
     if row is None:
+        if torch.is_inference_mode_enabled():
+            return Choice(able[0] if able else TORCH, "nothing was measured, and inference is short of launches")
         large = operation.floor(*args).bytes >= operation.unmeasured
         reason = f"nothing was measured, and the call is {'large' if large else 'small'}"
         return Choice(able[0] if able and large else TORCH, reason)

@@ -52,7 +52,7 @@ def _rows(X, page, j0, n, g, x_page, PLACE: tl.constexpr, x_head, PAGE: tl.const
         return X + (page * x_page + (j0 + n) % PAGE * PLACE + g * x_head)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "splits", "table_row"])  # or each batch may have to be compiled
 def _attend(
     Q, KEYS, VALUES, TABLES, LENGTHS, STARTS, SLOPES, SINKS, OUT, PARTS, STATES, requests, H, group, columns, window,
     scale, softcap, q_token, q_head, k_page, k_head, v_page, v_head, table_row, splits,
@@ -153,7 +153,7 @@ def _attend(
             tl.store(OUT + out_at, acc.to(OUT.dtype.element_ty), inside[:, None] & (v < V)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join(
     PARTS, STATES, LENGTHS, STARTS, OUT, H, window, splits,
     V: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,

@@ -41,6 +41,12 @@ def test_numbers_in_the_interpreter() -> None:
     assert [finding for finding in findings if not finding.startswith("ok ")] == []
 
 
+def test_cross_entropy_in_the_interpreter() -> None:
+    findings = run("cross_entropy_cases.py")
+    assert len(findings) == 16
+    assert [finding for finding in findings if not finding.startswith("ok ")] == []
+
+
 @pytest.mark.timeout(290)
 @pytest.mark.parametrize("what", ["numbers", "invariance", "engine"])
 def test_attention_to_pages(what: str) -> None:
