@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from treadle.attention import BACKENDS, AttentionContext, AttentionFacts, attend, choose, flash4
+from treadle.attention.chunks import fusible
 from treadle.attention.context_parallel import in_rank_order
 from treadle.attention.parts import Parts
 from treadle.config import resolve
@@ -134,8 +135,10 @@ def test_attention_of_a_part_of_the_rows_equals_float64(fact: dict[str, Any], or
             outs = [attend(*leaves, facts, replace(whole, backend="reference"), *sinks)]
         else:
             q, k, v = leaves[0], parts[0].to_rank_order(leaves[1]), parts[0].to_rank_order(leaves[2])
-            contexts = [in_rank_order(whole.cut(part)) for part in parts]
-            assert choose(q, facts, contexts[0]) == "flex"
+            contexts = [whole.cut(part) for part in parts]
+            fused = fusible(q, facts, contexts[0], K)
+            assert fused == (fact == {} and not packed)
+            assert fused or choose(q, facts, in_rank_order(contexts[0])) == "flex"
             outs = [attend(part.cut(q), k, v, facts, c, *sinks) for part, c in zip(parts, contexts, strict=True)]
         out = outs[0] if dtype == torch.float64 else parts[0].to_row_order(torch.cat(outs, dim=1))
         out.backward(grad.to(dtype))
@@ -231,21 +234,23 @@ def test_tables_equal_the_cpu_and_never_stop_the_host(scaling: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (30.0, 1e-3)])
-def test_linear_cross_entropy_equals_float64(softcap: float | None, z_loss: float) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_cross_entropy_equals_float64(softcap: float | None, z_loss: float, smoothing: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(3000, 128, device=CUDA)
     weight = torch.randn(5003, 128, device=CUDA) * 0.1
     targets = torch.randint(0, 5003, (3000,), device=CUDA)
     targets[::5] = -100
     narrow, master = x.bfloat16().requires_grad_(), weight.clone().requires_grad_()
-    loss, _ = linear_cross_entropy(narrow, master, targets, softcap=softcap, z_loss=z_loss, chunk=1024)
+    options: dict[str, Any] = {"softcap": softcap, "z_loss": z_loss, "smoothing": smoothing}
+    loss, _ = linear_cross_entropy(narrow, master, targets, chunk=1024, **options)
     loss.backward()
     wide, exact = narrow.detach().double().requires_grad_(), weight.double().requires_grad_()
     logits = wide @ exact.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     penalty = z_loss * logits.logsumexp(-1)[targets != -100].square().sum()
-    reference = F.cross_entropy(logits, targets, reduction="sum") + penalty
+    reference = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + penalty
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-3)
     assert relative(narrow.grad, wide.grad) < 1e-2

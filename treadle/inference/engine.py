@@ -39,6 +39,7 @@ class EngineConfig(Config):
     memory: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that weights and cache may take")
     policy: Policy = Field("throughput", description="throughput: prompts first; latency: both in each step")
     ahead: bool = Field(True, description="launch a step before the one before has been read")
+    graphs: bool = Field(True, description="on a GPU, steps without prompts are launched as CUDA graphs")
     speculate: NonNegativeInt = Field(0, description="tokens that are guessed ahead, and read in one step")
     reuse: bool = Field(True, description="compute equal beginnings of prompts once")
     max_length: PositiveInt | None = Field(None, description="tokens of a request; null: the model's max_length")
@@ -73,6 +74,8 @@ class Engine:
         self.taps = Taps(model, c.budget)
         storage = Storage(model, windows, counts, c.page, c.slots)
         self.runner = Runner(model, self.tables, storage, self.taps, c.slots, c.backend)
+        if c.graphs and model.device.type == "cuda":
+            self.runner.use_graphs(self.max_length)
         self.speculation = speculation_of(c, model, draft, self.runner, max(counts, default=1) * c.page)
         if self.speculation is not None:
             self.scheduler.drafts = self.speculation.drafts
@@ -192,6 +195,8 @@ class Engine:
         """Give the cache's memory back, between requests. `wake` before the next one."""
         if self.busy:
             raise ValueError("requests are running: let them end, or abort them, before the engine sleeps")
+        if self.runner.decoder is not None:
+            self.runner.decoder.clear()
         for storage in self._storages:
             storage.free()
         self.tables.forget()

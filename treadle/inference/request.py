@@ -131,3 +131,8 @@ class Request:
             return self.prompt[position]
         index = position - len(self.prompt)
         return self.outputs[index] if index < len(self.outputs) else None
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Those of positions begin ... end that are known."""
+        before = len(self.prompt)
+        return self.prompt[begin:end] + self.outputs[max(0, begin - before) : max(0, end - before)]

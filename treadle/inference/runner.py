@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from treadle.attention import AttentionContext, Cache, PagedCache, Pages, Segment, StateCache
+from treadle.inference.graphs import Decoder
 from treadle.inference.request import Request
 from treadle.inference.sampler import Sampled, Sampler, described, to_host
 from treadle.inference.scheduler import Work
@@ -100,30 +101,49 @@ class Runner:
         self.device = model.device
         self.taps = taps
         self.sampler = Sampler(slots, model.config.vocab_size or 0, self.device)
+        self.decoder: Decoder | None = None
+
+    def use_graphs(self, length: int) -> None:
+        """Let a `Decoder` take the steps that it can. length: of the longest request."""
+        self.decoder = Decoder(self.model, self.storage, self.sampler, length, self.backend)
 
     @torch.inference_mode()
     def launch(self, work: Sequence[Work]) -> Launched:
         """Queue a step; on a GPU it runs while the host goes on."""
-        tokens_1T, context = self._batch(work)
         with torch.compiler.set_stance("force_eager"):
-            x_1TD = self.model.hidden(tokens_1T, context)
-            ends = np.cumsum([part.end - part.begin for part in work])
-            prompts = [
-                (part.request, part.begin, self._prompt(part, x_1TD[0, end - (part.end - part.begin) : end]))
-                for part, end in zip(work, ends.tolist(), strict=True)
-                if part.request.sampling.prompt_logprobs and part.begin < len(part.request.prompt) - 1
-            ]
-            states = [
-                (part.request, part.begin, self.taps.found(part.request, begin, end, x_1TD[0]))
-                for part, begin, end in zip(work, [0, *ends.tolist()], ends.tolist(), strict=False)
-                if part.request.taps or part.request.sampling.pooling
-            ]
-            rows, asked = _drawn(work, ends.tolist())
-            logits_RV = self.model.head(x_1TD[0, self._tensor(rows)])
+            launched = self._decode(work) or self._launch(work)
+        return launched if self.device.type == "cpu" else _home(launched)
+
+    def _decode(self, work: Sequence[Work]) -> Launched | None:
+        if self.decoder is None:
+            return None
+        taken = self.decoder.takes(work) and not self.taps.active
+        sampled = self.decoder.launch(work) if taken else None
+        if sampled is None:
+            self.decoder.forget(work)
+            return None
+        return Launched([part.request for part in work], sampled)
+
+    def _launch(self, work: Sequence[Work]) -> Launched:
+        """Any step."""
+        tokens_1T, context = self._batch(work)
+        x_1TD = self.model.hidden(tokens_1T, context)
+        ends = np.cumsum([part.end - part.begin for part in work])
+        prompts = [
+            (part.request, part.begin, self._prompt(part, x_1TD[0, end - (part.end - part.begin) : end]))
+            for part, end in zip(work, ends.tolist(), strict=True)
+            if part.request.sampling.prompt_logprobs and part.begin < len(part.request.prompt) - 1
+        ]
+        states = [
+            (part.request, part.begin, self.taps.found(part.request, begin, end, x_1TD[0]))
+            for part, begin, end in zip(work, [0, *ends.tolist()], ends.tolist(), strict=False)
+            if part.request.taps or part.request.sampling.pooling
+        ]
+        rows, asked = _drawn(work, ends.tolist())
+        logits_RV = self.model.head(x_1TD[0, self._tensor(rows)])
         sampling = [part for part in work if part.samples]
         requests, drafts = [part.request for part in sampling], [part.draft for part in sampling]
-        launched = Launched(requests, self.sampler.draw(logits_RV, asked), prompts, states, drafts)
-        return launched if self.device.type == "cpu" else _home(launched)
+        return Launched(requests, self.sampler.draw(logits_RV, asked), prompts, states, drafts)
 
     def _prompt(self, part: Work, x_TD: Tensor) -> Sampled:
         """Of each token of a prompt after its first, a few at a time: there are never scores of many at once."""
@@ -140,16 +160,7 @@ class Runner:
         counts = np.array([part.end - part.begin for part in work])
         starts = np.concatenate(([0], np.cumsum(counts)))
         positions = np.concatenate([np.arange(part.begin, part.end) for part in work])
-        values: list[int] = []
-        slots: list[int] = []
-        for part in work:
-            known = [part.request.token(position) for position in range(part.begin, part.end - len(part.draft))]
-            known += part.draft
-            values += [0 if token is None else token for token in known]
-            slots += [part.request.place if token is None else -1 for token in known]
-        tokens_T, slots_T = self._tensor(np.array(values)), self._tensor(np.array(slots))
-        if max(slots) >= 0:  # some are in flight: only the device knows them
-            tokens_T = torch.where(slots_T >= 0, self.sampler.latest_S[slots_T], tokens_T)
+        tokens_T = self._tokens(work, starts)
         shared = self._tensor(lengths, np.int32), self._tensor(starts, np.int32)
         requests = np.repeat(np.arange(len(work)), counts)
         pages = [self._pages(kind, work, requests, positions, shared) for kind in range(len(self.tables.pools))]
@@ -160,6 +171,22 @@ class Runner:
             cache=self.storage.caches(pages, self._segments(work, starts)),
         )
         return tokens_T[None], context
+
+    def _tokens(self, work: Sequence[Work], starts: Any) -> Tensor:
+        """One after the other. Those in flight, the last of their requests, only the device knows."""
+        values: list[int] = []
+        missing: list[int] = []
+        for row, part in enumerate(work):
+            values += part.request.tokens(part.begin, part.end - len(part.draft))
+            if len(values) + len(part.draft) < starts[row + 1]:
+                missing.append(row)
+                values.append(0)
+            values += part.draft
+        tokens_T = self._tensor(values)
+        if missing:  # they have no guesses after them
+            slots_R = self._tensor([work[row].request.place for row in missing])
+            tokens_T[self._tensor(starts[1:][missing] - 1)] = self.sampler.latest_S[slots_R]
+        return tokens_T
 
     def _pages(
         self, kind: int, work: Sequence[Work], requests: Any, positions: Any, shared: tuple[Tensor, Tensor]

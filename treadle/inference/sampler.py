@@ -1,7 +1,6 @@
 """Tokens from scores: penalties, temperature, filters, and a draw that depends on nothing but the request itself.
 
-A token is drawn by Gumbel's trick: the largest of score / temperature + g, with g = -log(-log(u)) and u a hash of the
-request's seed, the position and the token. So a seed gives the same text in any batch, on any device, at any time.
+See `treadle.kernels.draw` for the draw: a seed gives the same text in any batch, on any device, at any time.
 
 R requests, S slots, V vocabulary.
 """
@@ -13,10 +12,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from treadle import kernels
 from treadle.inference.constrained import constrained
 from treadle.inference.request import Logprob, Request, Sampling
+from treadle.kernels.draw import gumbel
 
 NEVER = float("-inf")
+ALWAYS_RARE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ def described(logits_RV: Tensor, tokens_R: Tensor, most: int) -> Sampled:
     return Sampled(tokens_R, logprobs_R, top.indices, top.values - norm_R1)
 
 
+def plain_from(request: Request) -> int:
+    """The position from which on a request's tokens are drawn from its scores as they are, by temperature alone."""
+    asked = request.sampling
+    filtered = asked.top_k or asked.top_p < 1 or asked.min_p > 0
+    if filtered or penalised(asked) or asked.logit_bias or asked.logprobs or request.matcher is not None:
+        return ALWAYS_RARE
+    return len(request.prompt) + asked.min_tokens if asked.min_tokens and request.ends else 0
+
+
 class Sampler:
     """Draws for requests in slots. `latest_S` is each slot's last token, which the next step reads on the device."""
 
@@ -79,9 +90,14 @@ class Sampler:
 
     def draw(self, logits_RV: Tensor, requests: Sequence[Request]) -> Sampled:
         """The next token of each request.  logits_RV: any float dtype; not changed."""
-        logits_RV = logits_RV.float()
         slots_R = self._tensor([request.place for request in requests], torch.int64)
         asked = [request.sampling for request in requests]
+        if any(sampling.temperature for sampling in asked) and all(map(_is_plain, requests)):
+            temperatures_R = self._tensor([sampling.temperature for sampling in asked])
+            tokens_R, logprobs_R = kernels.draw(logits_RV, temperatures_R, *self._seeds(requests))
+            self.latest_S[slots_R] = tokens_R
+            return Sampled(tokens_R, logprobs_R)
+        logits_RV = logits_RV.float()
         scores_RV = constrained(self._shifted(logits_RV, requests, slots_R), requests)
         tokens_R = self._choose(scores_RV, requests, asked)
         self.latest_S[slots_R] = tokens_R
@@ -96,11 +112,9 @@ class Sampler:
         temperature_R1 = self._tensor([sampling.temperature or 1.0 for sampling in asked])[:, None]
         filtered_RV = _filter(self, scores_RV / temperature_R1, asked)
         greedy_R = self._tensor([sampling.temperature == 0 for sampling in asked], torch.bool)
-        seeds_R = self._tensor([self.seed(request) for request in requests], torch.int64)
-        positions_R = self._tensor([request.length - 1 for request in requests], torch.int64)
-        gumbel_RV = -torch.log(-torch.log(uniform(seeds_R, positions_R, self.vocabulary)))
+        noisy_RV = filtered_RV + gumbel(*self._seeds(requests), self.vocabulary)
         # Filtering and noise leave the greedy rows alone.
-        return torch.where(greedy_R[:, None], scores_RV, filtered_RV + gumbel_RV).argmax(-1)
+        return torch.where(greedy_R[:, None], scores_RV, noisy_RV).argmax(-1)
 
     def _shifted(self, logits_RV: Tensor, requests: Sequence[Request], slots_R: Tensor) -> Tensor:
         """The scores after what the request says about single tokens: penalties, bias, and ends that come too early."""
@@ -155,6 +169,11 @@ class Sampler:
         seen_V[prompt] = True
         seen_V[outputs] = True
 
+    def _seeds(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """And the positions of the tokens that are drawn.  -> seeds_R, positions_R"""
+        seeds_R = self._tensor([self.seed(request) for request in requests], torch.int64)
+        return seeds_R, self._tensor([request.length - 1 for request in requests], torch.int64)
+
     def seed(self, request: Request) -> int:
         seed = self._salt ^ request.number if request.sampling.seed is None else request.sampling.seed
         return (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # any integer, as one of 64 bits
@@ -183,21 +202,8 @@ def _filter(sampler: Sampler, scores_RV: Tensor, asked: Sequence[Sampling]) -> T
     return torch.full_like(scores_RV, NEVER).scatter(1, order_RV, sorted_RV.masked_fill(dropped_RV, NEVER))
 
 
-def uniform(seeds_R: Tensor, positions_R: Tensor, vocabulary: int) -> Tensor:
-    """Numbers in (0, 1) for each token, from SplitMix64's finaliser (Steele et al. 2014).  -> float32 u_RV
-
-    Integers wrap around in two's complement, so that every device computes the same.
-    """
-    token_V = torch.arange(vocabulary, device=seeds_R.device)
-    start_R = _mix(_mix(seeds_R) + positions_R * -7046029254386353131)
-    x_RV = _mix(start_R[:, None] + token_V * -7046029254386353131)
-    return ((x_RV >> 41 & 0x7FFFFF).float() + 0.5) * 2**-23
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
-    return x ^ (x >> 31 & (1 << 33) - 1)
+def _is_plain(request: Request) -> bool:
+    return request.length - 1 >= plain_from(request)
 
 
 def penalised(sampling: Sampling) -> bool:

@@ -40,6 +40,11 @@ class Taps:
             if name not in self._hooks:
                 self._hooks[name] = self._modules[name].register_forward_hook(self._hook(name))
 
+    @property
+    def active(self) -> bool:
+        """Whether some module is tapped. A step captured by now would write to the buffers when they are gone."""
+        return bool(self._hooks)
+
     def close(self, names: Sequence[str]) -> None:
         for name in names:
             self._wanted[name] -= 1

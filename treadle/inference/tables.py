@@ -16,6 +16,7 @@ class Tables:
         """
         self.windows, self.page, self.reuse = list(windows), page, reuse
         self.pools = [PagePool(count) for count in counts]
+        self._all_whole = all(window is None for window in windows)
 
     @property
     def free(self) -> float:
@@ -82,6 +83,8 @@ class Tables:
         Lets go of those that no window reaches from the next token on: it is the one time when no step that was
         launched, nor the one that is being made up, reads them.
         """
+        if self._all_whole and request.pages and length <= len(request.pages[0]) * self.page:
+            return True  # what nearly every token finds
         self._trim(request)
         wanted = [max(0, -(-length // self.page) - len(pages)) for pages in request.pages]
         if any(number > pool.free for number, pool in zip(wanted, self.pools, strict=True)):

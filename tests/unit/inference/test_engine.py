@@ -55,13 +55,16 @@ def alone(model: Transformer, prompt: list[int], tokens: int) -> list[int]:
     cache=st.integers(80, 200),
     policy=st.sampled_from(["throughput", "latency"]),
     ahead=st.booleans(),
+    decoder=st.booleans(),
 )
 def test_whatever_arrives_and_leaves(
-    name: str, seed: int, slots: int, budget: int, page: int, cache: int, policy: Any, ahead: bool
+    name: str, seed: int, slots: int, budget: int, page: int, cache: int, policy: Any, ahead: bool, decoder: bool
 ) -> None:
     model, draw = MODELS[name], random.Random(seed)
     config = EngineConfig(slots=slots, budget=budget, page=page, cache_tokens=cache, policy=policy, ahead=ahead)
     engine = Engine(model, config)
+    if decoder:  # what a GPU captures, with its rows of nobody
+        engine.runner.use_graphs(engine.max_length)
     beginning = [draw.randrange(VOCABULARY) for _ in range(20)]
     plans = []
     for _ in range(8):
