@@ -58,10 +58,12 @@ class Grammars:
             else:
                 grammar = LLMatcher.grammar_from_lark(constraint.source)
             made = LLMatcher(self._vocabulary_of_bytes, grammar, log_level=0)
+            made.compute_bitmask()  # finds out whether there is any text at all
         except ValueError as error:
             raise ConfigError(f"constraint: {error}") from None
         if made.is_error():
-            raise ConfigError(f"constraint: no {constraint.form} that can be followed: {made.get_error().strip()}")
+            said = made.get_error().partition("<state>")[0].strip()
+            raise ConfigError(f"constraint: no {constraint.form} that can be followed: {said}")
         return made
 
 

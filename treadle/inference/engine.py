@@ -297,7 +297,10 @@ class Engine:
             request.matcher.consume_token(token)
         if request.sampling.logprobs is not None:
             request.logprobs.append(sampled.token(row, request.sampling.logprobs))
-        if (reason := self._ended(request, token)) is not None:
+        reason = self._ended(request, token)
+        if request.matcher is not None and request.matcher.is_error():  # it is too much for llguidance after all
+            reason = "abort"
+        if reason is not None:
             self._finish(request, reason)
         return True
 

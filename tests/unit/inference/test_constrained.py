@@ -119,6 +119,7 @@ def test_company_changes_nothing_and_what_has_no_constraint_is_left_alone() -> N
         (asked("json_schema", '{"type": "object", "not": {}}'), r'Unimplemented keys: \["not"\]'),
         (asked("grammar", "start: nope"), 'unknown name: "nope"'),
         (asked("json_schema", "[1"), "constraint: "),
+        (asked("json_schema", '{"$ref": "#"}'), "no json_schema that can be followed: NoExtension"),
         (asked("regex", "a", ignore_eos=True), "ignore_eos: not with a constraint"),
         (asked("regex", "a", min_tokens=3), "min_tokens: not with a constraint"),
     ],
@@ -127,6 +128,20 @@ def test_what_cannot_be_followed_is_refused(sampling: Sampling, said: str) -> No
     served = engine()
     with pytest.raises(ConfigError, match=re.compile(said, re.DOTALL)):
         served.add([1], sampling)
+    assert not served.busy
+
+
+def test_a_text_that_cannot_go_on_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llguidance has limits, which a text may meet on its way: what there is by then is not of the form."""
+    library = pytest.importorskip("llguidance")
+    LLMatcher, LLParserLimits = library.LLMatcher, library.LLParserLimits
+    small = LLParserLimits(step_max_items=20)
+    monkeypatch.setattr("llguidance.LLMatcher", lambda *given, **options: LLMatcher(*given, **options, limits=small))
+    for name in ("grammar_from_json_schema", "grammar_from_regex", "grammar_from_lark"):
+        monkeypatch.setattr(f"llguidance.LLMatcher.{name}", getattr(LLMatcher, name), raising=False)
+    served = engine()
+    (done,) = served.generate([[1]], asked("grammar", 'start: "a" | "a" x x x x x x\nx: "a" | x x', temperature=0))
+    assert done.finish == "abort"
     assert not served.busy
 
 
