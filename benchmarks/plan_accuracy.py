@@ -25,8 +25,10 @@ from measure import Benchmark, measure
 from processes import measure_all, recorded, run_processes
 from train_parallel import MODELS, TINY_FEEDFORWARD, TINY_LAYERS
 
-from treadle.config import read_yaml, resolve
+from treadle.config import read_yaml, resolve, to_dict
 from treadle.errors import TreadleError
+from treadle.memory.calibrate import calibrate
+from treadle.memory.devices import Device
 from treadle.memory.devices import find_device as known_device
 from treadle.memory.dry_run import dry_run
 from treadle.memory.plan import GIB, Plan
@@ -35,6 +37,7 @@ from treadle.parallel.activation_checkpointing import offloads
 from treadle.parallel.mesh import World, find_device, open_mesh
 from treadle.train.loop import Callback, Loop, StepRecord
 
+CALIBRATION = "calibration"  # comes first: what `treadle plan --calibrate` measures
 STEPS = (2, 3, 1)  # not timed, timed, watched
 LARGEST = 14  # of what is there at the peak
 
@@ -183,6 +186,12 @@ def one_process(case: Case, tiny: bool, answer: Path) -> None:
                 answer.write_text(json.dumps(result | at_peak(watched.trace, watched.now)))
 
 
+def calibration(tiny: bool, answer: Path) -> None:
+    device = find_device("cpu" if tiny else "auto")
+    found = to_dict(calibrate(device, seconds=0.2 if tiny else 0.8))
+    answer.write_text(json.dumps({"constants": found, "losses": [], "tokens_per_second": 0.0, "peak_gib": None}))
+
+
 def planned_as(gpus: int, name: str) -> Planned:
     config = configuration(CASES[gpus][name])
     return Planned(model=config.model, training=config.training, parallel=config.parallel)
@@ -206,13 +215,14 @@ def compared(measured: dict[str, Any], closed: Plan, dry: float | None) -> tuple
 
 def compare(files: list[Path], jobs: int) -> None:
     results = [result for file in files for result in recorded(file).values()]
-    devices = {f"{result['device']}, torch {result['torch']}" for result in results if "device" in result}
-    print(", ".join(sorted(devices)))
+    constants = [Device(**result["constants"]) for result in results if "constants" in result]
+    # Later ones know more: what was measured on two devices has their link.
+    devices = {device.name: device for device in constants}
+    print(*(f"{name}: {device!r}" for name, device in devices.items()), sep="\n")
     heads = ("configuration", "GPUs", "GiB", "closed form", "error", "dry run", "error", "reserved", "outside")
     heads += ("tokens/s", "planned", "error")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
-
-    done = [result for result in results if "failed" not in result]
+    done = [result for result in results if "gpus" in result]
     configs = {result["layout"]: planned_as(result["gpus"], result["layout"]) for result in done}
 
     def dry(result: dict[str, Any]) -> float | None:
@@ -223,7 +233,8 @@ def compare(files: list[Path], jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         for result, found in zip(done, pool.map(dry, done), strict=True):
-            closed = predict(configs[result["layout"]], result["gpus"], known_device(result["device"]))
+            device = devices.get(result["device"]) or known_device(result["device"])
+            closed = predict(configs[result["layout"]], result["gpus"], device)
             cells = result["layout"], str(result["gpus"]), *compared(result, closed, found)
             print(f"| {' | '.join(cells)} |", flush=True)
     for result in results:
@@ -247,6 +258,9 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = CASES[arguments.gpus]
     if arguments.one is not None:
+        if arguments.one == CALIBRATION:
+            calibration(arguments.tiny, arguments.answer)
+            return
         try:
             one_process(cases[arguments.one], arguments.tiny, arguments.answer)
         except TreadleError as error:
@@ -259,10 +273,11 @@ def main() -> None:
 
     def start(name: str, seconds: float) -> dict[str, Any]:
         folder = arguments.logs / f"{arguments.gpus}-{''.join(c if c.isalnum() else '-' for c in name)}"
-        return run_processes([*command, "--one", name], arguments.gpus, folder, seconds)
+        number = 1 if name == CALIBRATION else arguments.gpus
+        return run_processes([*command, "--one", name], number, folder, seconds)
 
     file = arguments.json[0] if arguments.json else None
-    names = [name for name in cases if arguments.only in name]
+    names = [name for name in (CALIBRATION, *cases) if arguments.only in name]
     for result in measure_all(names, start, file, timeout=arguments.timeout, seconds=arguments.seconds).values():
         if "losses" in result and result["peak_gib"]:
             peaks = ", ".join(f"{peak:.2f}" for peak in result["peaks_gib"])

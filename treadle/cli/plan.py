@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a model spec by itself.")],
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML), or a model spec by itself.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -25,7 +25,7 @@ def plan(
         ),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices to run on.")] = 1,
-    device: Annotated[str, typer.Option(help="h200, h100, a100, b200, l40s, ..., or a YAML file of one.")] = "h200",
+    device: Annotated[str, typer.Option(help="h200, h100, a100, ..., here, or a YAML file of one.")] = "h200",
     search: Annotated[bool, typer.Option("--search", help="Try all layouts; show the ten fastest that fit.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Memory from a step of the real code on tensors without memory.")
@@ -33,6 +33,9 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help="With --search: write the best one's changes to this file, for include.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the devices of this machine, for --device here.")
+    ] = False,
     preset: Annotated[str | None, typer.Option(help="A preset of the recipe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers for a program (bytes, seconds).")] = False,
 ) -> None:
@@ -45,6 +48,8 @@ def plan(
         treadle plan recipes/models/llama-3-8b.yaml --gpus 8 --device h100 training.batch_size=8
 
         treadle plan recipes/models/llama-3.1-405b.yaml --gpus 1024 --search training.batch_size=2048
+
+        treadle plan --calibrate
     """
     from rich.console import Console
 
@@ -53,6 +58,11 @@ def plan(
 
     if write is not None and not search:
         raise typer.BadParameter("--write goes with --search")
+    if calibrate:
+        _calibrate(as_json)
+        return
+    if recipe is None:
+        raise typer.BadParameter("a recipe or a model spec is missing")
     config = _load(recipe, list(overrides or []), preset, gpus, device)
     console = Console()
     if not console.is_terminal:
@@ -72,6 +82,19 @@ def plan(
         _print(found, setting.device, cheapest, console)
     if found.verdict == "does not fit":
         raise typer.Exit(1)
+
+
+def _calibrate(as_json: bool) -> None:
+    from treadle.config import to_dict, yaml_io
+    from treadle.memory.calibrate import calibrate
+    from treadle.memory.devices import calibrated
+    from treadle.parallel.mesh import find_device
+
+    found = to_dict(calibrate(find_device("auto")))
+    path = calibrated(found["name"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml_io.dump(found))
+    typer.echo(json.dumps(found, indent=2) if as_json else f"{yaml_io.dump(found)}\nwritten to {path}: --device here")
 
 
 def _load(path: Path, overrides: list[str], preset: str | None, gpus: int, device: str) -> Any:

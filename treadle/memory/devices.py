@@ -5,14 +5,17 @@ the H200 measured (docs/benchmarks.md), of others the data sheet times the share
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from treadle.config import Config, resolve
 from treadle.errors import ConfigError
+from treadle.train.hardware import device_name
 
 
 class Device(Config):
@@ -31,6 +34,7 @@ class Device(Config):
     network_gbs: PositiveFloat = Field(45.0, description="to other machines, GB/s for each device")
     host_gbs: PositiveFloat = Field(50.0, description="to host memory, GB/s for each device")
     latency_us: PositiveFloat = Field(10.0, description="a collective takes at least, microseconds")
+    launch_us: PositiveFloat = Field(4.0, description="the host takes for an operation, microseconds")
     context_gib: PositiveFloat = Field(0.6, description="taken before the first tensor: CUDA context and kernels")
 
 
@@ -85,12 +89,24 @@ DEVICES: dict[str, Device] = {
 }
 
 
+def calibrated(name: str) -> Path:
+    """Where what `treadle plan --calibrate` measured of a device is kept, by its driver's name."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "treadle" / "devices" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.yaml"
+
+
 def find_device(name: str) -> Device:
     """A device by its name, as data sheets and drivers write it, or from a YAML file with the keys of `Device`.
 
+    `here` is the one of this machine. Of a driver's name, what was measured on this machine goes first.
     Raises ConfigError for another, which says what a file needs.
     """
+    here = name == "here"
+    if here:
+        name = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     path = Path(name)
+    if (here or name not in DEVICES) and calibrated(name).is_file():
+        path = calibrated(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         found: Device = resolve(Device, path)
         return found
