@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML), or a model spec by itself.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe (YAML), a model spec by itself; to serve: also a folder.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -32,6 +34,12 @@ def plan(
     ] = False,
     write: Annotated[
         Path | None, typer.Option(help="With --search: write the best one's changes to this file, for include.")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Plan `treadle serve`; overrides are the engine's: slots=512.")
+    ] = False,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="With --serve: tokens of a request. Default: the longest.")
     ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure the devices of this machine, for --device here.")
@@ -49,6 +57,8 @@ def plan(
 
         treadle plan recipes/models/llama-3.1-405b.yaml --gpus 1024 --search training.batch_size=2048
 
+        treadle plan --serve models/Qwen3-0.6B --device h200 --length 2048
+
         treadle plan --calibrate
     """
     from rich.console import Console
@@ -63,6 +73,11 @@ def plan(
         return
     if recipe is None:
         raise typer.BadParameter("a recipe or a model spec is missing")
+    if length is not None and not serve:
+        raise typer.BadParameter("--length goes with --serve")
+    if serve:
+        _serve(recipe, list(overrides or []), device, length, as_json)
+        return
     config = _load(recipe, list(overrides or []), preset, gpus, device)
     console = Console()
     if not console.is_terminal:
@@ -95,6 +110,38 @@ def _calibrate(as_json: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml_io.dump(found))
     typer.echo(json.dumps(found, indent=2) if as_json else f"{yaml_io.dump(found)}\nwritten to {path}: --device here")
+
+
+def _serve(path: Path, overrides: list[str], device: str, length: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from treadle.cli.model import spec_of
+    from treadle.config import resolve
+    from treadle.inference.engine import EngineConfig
+    from treadle.inference.plan import plan_serving
+    from treadle.memory.devices import find_device
+    from treadle.memory.plan import GIB
+
+    known = find_device(device)
+    found = plan_serving(spec_of(path, []), known, resolve(EngineConfig, {}, overrides), length=length)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    table = Table("GiB", known.name, title="memory")
+    for name in ("weights", "cache", "workspace", "overhead"):
+        table.add_row(name, f"{getattr(found, name) / GIB:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{found.cache_tokens:,} tokens of cache: {found.requests} requests of {found.length:,} tokens at a time\n"
+        f"tokens/s at most: {found.alone:,.0f} for one request, {found.together:,.0f} for {found.requests}, "
+        f"{found.prompts:,.0f} of prompts",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _load(path: Path, overrides: list[str], preset: str | None, gpus: int, device: str) -> Any:
