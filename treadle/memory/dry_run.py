@@ -252,6 +252,7 @@ class Simulation:
         self.config, self.mesh, self.device, self.mine = config, mesh, device, mine
         # One of each, for all cases: so they share what is compiled.
         self.meter, self.fake = LiveMemory(), _FakeTensors(allow_non_fake_inputs=True)
+        self.backend = backend(self.meter)
         self.by_kind = {_kind(layer): layer for layer in config.model.expand()}
         self.names = _names(list(self.by_kind.values()))
 
@@ -261,15 +262,20 @@ class Simulation:
         seen = self._at_depth(full, number)
         if number < full.micro_batches:
             numbers = range(number + 1, full.micro_batches + 1)
-            more = next(n for n in numbers if self.mesh.pipeline is None or self._runs(n))
+            parallel = self.config.parallel
+            more = next(
+                n for n in numbers if self.mesh.pipeline is None or parallel.schedule == "1f1b" or self._runs(n)
+            )
             seen = seen.plus((full.micro_batches - number) / (more - number), self._at_depth(full, more), seen)
         return seen
 
     def _micro_batches(self, full: Case) -> int:
-        """As few as fill the pipeline, and as its schedule can run."""
-        most = full.micro_batches
+        """As few as fill the pipeline from here on, and as its schedule can run."""
+        most, parallel = full.micro_batches, self.config.parallel
         if self.mesh.pipeline is None:
             return min(most, 2)
+        if parallel.schedule == "1f1b":  # later stages never hold more, whatever is under way before them
+            return min(most, parallel.pipeline - self.mesh.pipeline.get_local_rank() + 2)
         return next(n for n in range(min(len(full.layers) + 1, most), most + 1) if n == most or self._runs(n))
 
     def _runs(self, number: int) -> bool:
@@ -323,7 +329,7 @@ class Simulation:
             with fake:
                 return to_empty(model, **options)
 
-        compiled = {"backend": backend(meter)}
+        compiled = {"backend": self.backend}
         patches: list[Any] = [
             mock.patch.object(Transformer, "to_empty", given_fake_memory),
             mock.patch.object(Transformer, "initialise", lambda model, *_, **__: model),
@@ -332,11 +338,13 @@ class Simulation:
             # Constants of graphs, which the partitioner copies; nobody writes to them.
             mock.patch.object(torch.Tensor, "__deepcopy__", lambda tensor, _: tensor),
             even_load(),
+            # It asks for as many micro-batches as there are stages; a process by itself can do with fewer.
+            mock.patch.object(schedules.Schedule1F1B, "__init__", schedules.PipelineScheduleSingle.__init__),
         ]
         if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):  # torch 2.13 lets stages vote on what all know
             patches.append(mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", _all_static))
         if self.device == "cuda":
-            patches.append(on_cuda(meter, compiled=self.config.training.compile))
+            patches.append(on_cuda(meter, self.backend, compiled=self.config.training.compile))
         with ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(patch)
