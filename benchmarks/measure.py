@@ -106,7 +106,7 @@ def measure(
     rows, length, steps = training.batch_size, training.sequence_length, training.steps - warmup
     check_layout(config.parallel, mesh.world.size, config.model, rows, length, rows=training.rows)
     built = build_model(config.model, training, seed=0, mesh=mesh, parallel=config.parallel)
-    state = build_state(built, AdamWConfig(lr=1e-4), training)
+    state = build_state(built, AdamWConfig(lr=2e-5), training)
     clock = Clock(warmup)
     loss = partial(cross_entropy, attention=training.attention)
     loop = Loop(state, training, ConstantConfig(warmup=warmup), loss, [clock, *callbacks], mesh=mesh)
