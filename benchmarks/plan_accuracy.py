@@ -1,7 +1,8 @@
 """How far plans are from the device: the same configurations planned by both engines, and trained for a few steps.
 
     python benchmarks/plan_accuracy.py --measure --gpus 1 --json plan_gpu1.json   # on a GPU; then --gpus 2 on two
-    python benchmarks/plan_accuracy.py --json plan_gpu1.json plan_gpu2.json       # anywhere: plans, and compares
+    python benchmarks/plan_accuracy.py --json plan_gpu1.json plan_gpu2.json       # anywhere: plans, and compares;
+                                                                                  # also what train_parallel.py wrote
     python benchmarks/plan_accuracy.py --measure --gpus 2 --tiny                  # tiny models, on CPUs: does it run?
 
 Each measurement is so many processes of its own, with a time limit; one that fails does not stop the others, and what
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import train_parallel
 from measure import Benchmark, measure
 from processes import measure_all, recorded, run_processes
-from train_parallel import MODELS, TINY_FEEDFORWARD, TINY_LAYERS
+from train_parallel import MODELS, TINY_FEEDFORWARD, TINY_LAYERS, layouts
 
 from treadle.config import read_yaml, resolve, to_dict
 from treadle.errors import TreadleError
@@ -192,8 +194,16 @@ def calibration(tiny: bool, answer: Path) -> None:
     answer.write_text(json.dumps({"constants": found, "losses": [], "tokens_per_second": 0.0, "peak_gib": None}))
 
 
-def planned_as(gpus: int, name: str) -> Planned:
-    config = configuration(CASES[gpus][name])
+def planned_as(result: dict[str, Any]) -> Planned:
+    """What was measured, here or by train_parallel.py."""
+    name, gpus = result["layout"], result["gpus"]
+    if name in CASES[gpus]:
+        config = configuration(CASES[gpus][name])
+    else:
+        runs = [layouts(number).get(name) for number in (2, 4, 8)]
+        config = train_parallel.configuration(
+            next(run for run in runs if run is not None and run.shape.rows == result["batch"]), tiny=False
+        )
     return Planned(model=config.model, training=config.training, parallel=config.parallel)
 
 
@@ -206,7 +216,7 @@ def compared(measured: dict[str, Any], closed: Plan, dry: float | None) -> tuple
         *(f"{found:.2f}", f"{found / peak - 1:+.1%}"),
         *((f"{dry:.2f}", f"{dry / peak - 1:+.1%}") if dry else ("-", "-")),
         f"{measured['reserved_gib']:.2f}",
-        f"{measured['outside_gib']:.2f}",
+        f"{measured['outside_gib']:.2f}" if "outside_gib" in measured else "-",
         f"{speed:,.0f}",
         f"{closed.tokens_per_second:,.0f}",
         f"{closed.tokens_per_second / speed - 1:+.0%}",
@@ -223,7 +233,7 @@ def compare(files: list[Path], jobs: int) -> None:
     heads += ("tokens/s", "planned", "error")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     done = [result for result in results if "gpus" in result]
-    configs = {result["layout"]: planned_as(result["gpus"], result["layout"]) for result in done}
+    configs = {result["layout"]: planned_as(result) for result in done}
 
     def dry(result: dict[str, Any]) -> float | None:
         config = configs[result["layout"]]

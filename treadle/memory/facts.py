@@ -104,6 +104,8 @@ def _traced(
     graphs: list[fx.Graph] = []
 
     def divide(joint: Any, inputs: Any, **options: Any) -> Any:
+        if compiled:  # parameters are there anyway: casts of them are formed again rather than kept
+            options["static_lifetime_input_indices"] = list(range(1, 1 + len(parameters)))
         parts = (min_cut_rematerialization_partition if compiled else default_partition)(joint, inputs, **options)
         graphs.extend(part.graph for part in parts)
         return parts
