@@ -223,12 +223,18 @@ def compared(measured: dict[str, Any], closed: Plan, dry: float | None) -> tuple
     )
 
 
+def calibrated(result: dict[str, Any]) -> Device | None:
+    """The device that a calibration found; of one alone the link is not measured, and stays the data sheet's."""
+    if "constants" not in result:
+        return None
+    device, known = Device(**result["constants"]), known_device(result["constants"]["name"])
+    link = {key: getattr(known, key) for key in ("per_node", "link_gbs", "latency_us")}
+    return device.model_copy(update=link) if device.per_node == 1 else device
+
+
 def compare(files: list[Path], jobs: int) -> None:
     results = [result for file in files for result in recorded(file).values()]
-    constants = [Device(**result["constants"]) for result in results if "constants" in result]
-    # Later ones know more: what was measured on two devices has their link.
-    devices = {device.name: device for device in constants}
-    print(*(f"{name}: {device!r}" for name, device in devices.items()), sep="\n")
+    devices = {device.name: device for device in map(calibrated, results) if device is not None}
     heads = ("configuration", "GPUs", "GiB", "closed form", "error", "dry run", "error", "reserved", "outside")
     heads += ("tokens/s", "planned", "error")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)

@@ -187,7 +187,7 @@ def _print(plan: "Plan", device: Any, cheapest: list["Found"], console: Any) -> 
         time.add_row(name, f"{1e3 * seconds:.1f}", "")
     for name in plan.time.communication | plan.time.hidden:
         sent = (plan.time.communication.get(name, 0.0), plan.time.hidden.get(name, 0.0))
-        time.add_row(f"send: {name}", *(f"{1e3 * seconds:.1f}" for seconds in sent))
+        time.add_row(name if name == "launches" else f"send: {name}", *(f"{1e3 * seconds:.1f}" for seconds in sent))
     time.add_row("bubble", f"{1e3 * plan.time.bubble:.1f}", "")
     time.add_section()
     time.add_row("total", f"{1e3 * plan.time.total:.1f}", "")

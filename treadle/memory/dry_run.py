@@ -133,6 +133,8 @@ def dry_run(config: SessionConfig | DryRunConfig, world: int, *, device: str = "
     arguments = (config.parallel, world, model, training.batch_size, training.sequence_length)
     layout = check_layout(*arguments, rows=training.rows)
     plain = {name: value for name, value in to_dict(config).items() if name in DryRunConfig.model_fields}
+    # A CPU has no matmuls that send while they compute; what they hold is what those do that are sent for first.
+    plain["parallel"] = {**plain["parallel"], "async_tensor": False}
     # A process for each: of a process group only one can ever be faked in a process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # importing takes as long as a simulation

@@ -53,7 +53,7 @@ class LayerFacts:
     working: what its backward needs besides what is kept, at most. forward, backward: traffic of everything that is no
     matmul, convolution or attention. repeated: matmuls that the backward computes again, as a share of the forward's.
     tensor: gathered and scattered in one forward, by all processes that share matrices. context: the same, of keys and
-    values.
+    values. launches: kernels of a forward and a backward.
     """
 
     kept: float
@@ -67,6 +67,7 @@ class LayerFacts:
     repeated: float
     tensor: float
     context: float
+    launches: int
 
 
 def layer_facts(
@@ -77,17 +78,19 @@ def layer_facts(
     compiled: bool,
     tensor: int = 1,
     gathered: int = 1,
+    exchanged: bool = False,
     fp8: bool = False,
     budget: float = 1.0,
 ) -> LayerFacts:
     """tensor: processes that share its matrices. gathered: parts of a row whose keys and values come together.
-    fp8, budget: as in training and its activation checkpointing."""
+    exchanged: parts of rows for heads, as `ulysses` does. fp8, budget: as in training and its activation checkpointing.
+    """
     spec = _SPECS.setdefault(id(layer), (repr(layer), layer))[0]  # a search asks often
-    key = (model.dim, model.max_length, spec, dtype, compiled, tensor, gathered, fp8, budget)
+    key = (model.dim, model.max_length, spec, dtype, compiled, tensor, gathered, exchanged, fp8, budget)
     if key not in _FACTS:
         one = model.model_copy(update={"layers": [layer], "vocab_size": 64 * tensor, "multi_token": None})
         with torch._functorch.config.patch(activation_memory_budget=budget):
-            _FACTS[key] = _traced(one, dtype, compiled, tensor, gathered, fp8)
+            _FACTS[key] = _traced(one, dtype, compiled, tensor, gathered, exchanged, fp8)
     return _FACTS[key]
 
 
@@ -96,7 +99,13 @@ _SPECS: dict[int, tuple[str, LayerConfig]] = {}
 
 
 def _traced(
-    model: TransformerConfig, dtype: torch.dtype, compiled: bool, tensor: int, gathered: int, fp8: bool
+    model: TransformerConfig,
+    dtype: torch.dtype,
+    compiled: bool,
+    tensor: int,
+    gathered: int,
+    exchanged: bool,
+    fp8: bool,
 ) -> LayerFacts:
     if compiled:
         compile_layers(nn.ModuleDict())  # sets what the compiler, and so the partitioner, is set to in a run
@@ -121,6 +130,8 @@ def _traced(
         x_BSD = torch.empty(1, TOKENS // tensor, model.dim, dtype=dtype, requires_grad=True)
         context = whole.with_tables(AttentionContext.causal(1, TOKENS, backend="planned"))
         tables = context.tables
+        if exchanged:
+            context = replace(context, parts=Parts("ulysses", "contiguous", "", 0, 1), whole=context)
         if gathered > 1:
             parts = Parts("gather", "contiguous", "", 0, gathered)
             keys = (torch.empty(TOKENS, dtype=torch.int32), torch.empty(TOKENS * gathered, dtype=torch.int32))
@@ -208,6 +219,10 @@ class _Graph:
     def matmuls(self) -> int:
         return sum(self.computes(node) and "treadle_memory" not in str(node.target) for node in self.nodes)
 
+    def launches(self) -> int:
+        passes = {its for node, its in self.region.items() if not self.is_view(node)}
+        return len(passes) + sum(self.computes(node) for node in self.nodes)
+
     def regions(self) -> dict[fx.Node, int]:
         """Nodes that are one pass over memory, by the number of the last of them. Eagerly each is by itself."""
         region: dict[fx.Node, int] = {}
@@ -294,6 +309,7 @@ def _facts(forward: _Graph, backward: _Graph) -> LayerFacts:
         repeated=max(0, backward.matmuls() - 2 * forward.matmuls()) / forward.matmuls() if forward.matmuls() else 0.0,
         tensor=sent["tensor"] / TOKENS,
         context=sent["context"] / TOKENS,
+        launches=forward.launches() + backward.launches(),
     )
 
 
@@ -371,6 +387,19 @@ def scatter(x_BSX: Tensor, size: int, over: str) -> Tensor:
     raise NotImplementedError
 
 
+@torch.library.custom_op("treadle_memory::exchange", mutates_args=())
+def exchange(x_BSHK: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@exchange.register_fake
+def _(x_BSHK: Tensor) -> Tensor:
+    return x_BSHK.new_empty(x_BSHK.shape)
+
+
+exchange.register_autograd(lambda ctx, dy: exchange(dy))
+
+
 @gather.register_fake
 def _(x_BSX: Tensor, size: int, over: str) -> Tensor:
     return x_BSX.new_empty(x_BSX.shape[0], x_BSX.shape[1] * size, *x_BSX.shape[2:])
@@ -398,6 +427,14 @@ def _planned(
     return _attention(q_BSHK, k_BTGK, v_BTGV)[0][..., :V]
 
 
+def _exchanging(
+    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, facts: Any, context: Any, sinks: Any, local: Any
+) -> Tensor:
+    """Whole rows of some heads are as many numbers as parts of rows of all heads."""
+    there = [exchange(x) for x in (q_BSHK, k_BSGK, v_BSGV)]
+    return exchange(local(*there, facts, context.whole, sinks))
+
+
 @contextmanager
 def _stand_ins(compiled: bool, gathered: int) -> Iterator[None]:
     backend: Any = SimpleNamespace(unsupported=lambda *_: None, attend=_planned)
@@ -405,6 +442,7 @@ def _stand_ins(compiled: bool, gathered: int) -> Iterator[None]:
     fused: Any = torch.rms_norm if compiled else lambda x, shape, weight, eps: _rms_norm(x, weight)[0]
     with (
         patch.dict(dispatch.BACKENDS, planned=backend),
+        patch.object(context_parallel, "_ulysses", _exchanging),
         patch.object(collectives, "gather", lambda given, *_: [gather(x, gathered, "context") for x in given]),
         patch("torch.nn.functional.rms_norm", fused),
     ):
