@@ -10,7 +10,7 @@ tensor parallelism leaves each process some of those.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from treadle.attention.padding import one_dim
 from treadle.attention.parts import Parts
 from treadle.errors import ConfigError
 from treadle.kernels import collectives
+from treadle.memory.kernels import own_kernels
 from treadle.nn.config import LayerConfig
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.roles import parameter_roles
@@ -441,6 +442,7 @@ def _stand_ins(compiled: bool, gathered: int) -> Iterator[None]:
     # Eagerly a GPU has one kernel for it, where a CPU has a chain.
     fused: Any = torch.rms_norm if compiled else lambda x, shape, weight, eps: _rms_norm(x, weight)[0]
     with (
+        nullcontext() if compiled else own_kernels(),
         patch.dict(dispatch.BACKENDS, planned=backend),
         patch.object(context_parallel, "_ulysses", _exchanging),
         patch.object(collectives, "gather", lambda given, *_: [gather(x, gathered, "context") for x in given]),

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from treadle.attention import dispatch
 from treadle.attention.padding import one_dim
 from treadle.kernels import linear_cross_entropy
+from treadle.memory.kernels import own_kernels
 from treadle.memory.live import WORKSPACES, LiveMemory
 from treadle.parallel import activation_checkpointing, vocabulary, weight_gradients
 from treadle.parallel.expert import Exchange
@@ -35,6 +36,7 @@ def on_cuda(meter: LiveMemory, backend: Any, *, compiled: bool) -> Iterator[None
 
     elements = linear_cross_entropy.CHUNK_ELEMENTS
     patches: list[Any] = [
+        own_kernels(),
         mock.patch.object(dispatch, "choose", _stand_in),
         mock.patch.dict(dispatch.BACKENDS, {"stand-in": _Attention}),  # type: ignore[dict-item]
         mock.patch.dict(elements, {"cpu": elements["cuda"]}),

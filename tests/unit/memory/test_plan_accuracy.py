@@ -20,7 +20,7 @@ APART = {
     "128k-gather": (0.08, 0.2),  # what flex needs in its backward is not known
     "moe-one": (0.03, 0.28),  # sorting, and matmuls of few columns
     "moe-fsdp": (0.14, None),  # under FSDP a mixture is compiled in pieces, which keep less
-    "moe-expert": (0.11, None),
+    "moe-expert": (0.03, None),
     "t1-tensor": (0.03, 0.2),  # the link is the data sheet's
     "t1-async-tensor": (0.03, 0.22),
 }
