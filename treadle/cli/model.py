@@ -39,7 +39,7 @@ def show(
     from treadle.nn import flops
 
     import_all(imports or [], "--import")
-    model = _build(_load(spec, overrides or []))
+    model = _build(spec_of(spec, overrides or []))
     length = length or model.config.max_length
     console = Console()
     if not console.is_terminal:
@@ -67,7 +67,7 @@ def diff(
     from treadle.config.words import quote
 
     import_all(imports or [], "--import")
-    left, right = (_build(_load(path, [])) for path in (a, b))
+    left, right = (_build(spec_of(path, [])) for path in (a, b))
     costs = [_costs(model, length or model.config.max_length) for model in (left, right)]
     rows = [(name, costs[0][name], costs[1][name]) for name in costs[0] if costs[0][name] != costs[1][name]]
     keys = [(key, _quoted(x, quote), _quoted(y, quote)) for key, x, y in differences(left.config, right.config)]
@@ -83,7 +83,7 @@ def _quoted(value: Any, quote: Any) -> str:
     return repr(value) if value is ABSENT else str(quote(value))
 
 
-def _load(path: Path, overrides: list[str]) -> "TransformerConfig":
+def spec_of(path: Path, overrides: list[str]) -> "TransformerConfig":
     """The model section of a recipe, a spec by itself, or the model of a run or Hugging Face folder."""
     from treadle import recipes
     from treadle.config import read_yaml, resolve, to_dict

@@ -46,6 +46,35 @@ class EngineConfig(Config):
     backend: str = Field("auto", description="of attention")
 
 
+def longest(model: Transformer, config: EngineConfig) -> int:
+    """Tokens of a request."""
+    return min(config.max_length or model.config.max_length, model.config.max_length)
+
+
+def page_counts(
+    model: Transformer, config: EngineConfig, memory: tuple[float, float] | None, draft: Transformer | None = None
+) -> list[int]:
+    """Pages of each kind of layers: of as many tokens as are asked for, or as fit the memory that the model leaves.
+
+    memory: of the device, bytes that are free with the models on it, and all. None: nobody knows. draft: has a cache of
+    as many tokens. Raises ConfigError where not one request of full length fits.
+    """
+    tokens, length = config.cache_tokens, longest(model, config)
+    if tokens is None and memory is not None:
+        free, total = memory
+        room = free - (1 - config.memory) * total - WORKSPACE
+        each = sum(cache_elements(one) * one.dtype.itemsize for one in (model, draft) if one is not None)
+        states = (config.slots + 1) * state_elements(model) * 4
+        tokens = int((room - states) // each) if each else config.slots * length
+        if tokens < length:
+            raise ConfigError(
+                f"memory: {config.memory} leaves room for {max(tokens, 0)} tokens of cache, less than one request of "
+                f"max_length={length}; raise it, or lower max_length"
+            )
+    tokens = min(tokens or config.slots * min(length, 1024), config.slots * length)
+    return [-(-tokens // config.page) for _ in windows_of(model)]
+
+
 class Engine:
     """Serves one model. Not thread-safe: one thread calls it."""
 
@@ -66,9 +95,12 @@ class Engine:
         self.eos = tokenizer.eos_id if eos is None and tokenizer is not None else eos
         self._grammars = Grammars(tokenizer, model.config.vocab_size or 0)
         c = self.config
-        self.max_length = min(c.max_length or model.config.max_length, model.config.max_length)
-        windows = windows_of(model)
-        counts = self._page_counts(windows, draft)
+        self.max_length = longest(model, c)
+        windows, memory = windows_of(model), None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+            memory = torch.cuda.mem_get_info(model.device)
+        counts = page_counts(model, c, memory, draft)
         self.tables = Tables(windows, counts, c.page, reuse=c.reuse and not is_recurrent(model))
         self.scheduler = Scheduler(self.tables, slots=c.slots, budget=c.budget, policy=c.policy)
         self.taps = Taps(model, c.budget)
@@ -80,29 +112,6 @@ class Engine:
         if self.speculation is not None:
             self.scheduler.drafts = self.speculation.drafts
         self._launched: Launched | None = None
-
-    def _page_counts(self, windows: Sequence[int | None], draft: Transformer | None) -> list[int]:
-        """Pages of each kind: of as many tokens as are asked for, or as fit the memory that the model leaves."""
-        c, model = self.config, self.model
-        tokens = c.cache_tokens
-        if tokens is None and model.device.type == "cuda":
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(model.device)
-            room = free - (1 - c.memory) * total - WORKSPACE
-            each = sum(
-                cache_elements(one) * torch.empty((), dtype=one.dtype).element_size()
-                for one in (model, draft)
-                if one is not None
-            )
-            states = (c.slots + 1) * state_elements(model) * 4
-            tokens = int((room - states) // each) if each else c.slots * self.max_length
-            if tokens < self.max_length:
-                raise ConfigError(
-                    f"memory: {c.memory} leaves room for {max(tokens, 0)} tokens of cache, less than one request of "
-                    f"max_length={self.max_length}; raise it, or lower max_length"
-                )
-        tokens = min(tokens or c.slots * min(self.max_length, 1024), c.slots * self.max_length)
-        return [-(-tokens // c.page) for _ in windows]
 
     def add(
         self,

@@ -27,6 +27,10 @@ class Tables:
         """Whether a request of `length` tokens, `chunk` at a time, fits if it is alone."""
         return all(self._most(i, length, chunk) <= pool.count for i, pool in enumerate(self.pools))
 
+    def together(self, length: int, most: int) -> int:
+        """How many requests of `length` tokens hold all that they need at the same time, no more than `most`."""
+        return min([most, *(pool.count // self._most(kind, length, 1) for kind, pool in enumerate(self.pools))])
+
     def _most(self, kind: int, length: int, chunk: int) -> int:
         window = self.windows[kind]
         whole = -(-length // self.page)
