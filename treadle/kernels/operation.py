@@ -31,7 +31,7 @@ TORCH = "torch"  # the definition itself, differentiated by PyTorch
 BACKENDS = {  # in the order in which they are taken where nothing was measured; how to get them
     "triton": "pip install 'treadle[triton]' (PyTorch for CUDA brings it)",
     "tilelang": "pip install 'treadle[tilelang]'",
-    "mojo": "pip install 'treadle[mojo]'",
+    "mojo": "pip install 'treadle[mojo]', for the CPU; a Hopper GPU needs nothing",
 }
 OPERATIONS: dict[str, "Operation"] = {}
 
@@ -120,13 +120,11 @@ class Operation:
             return f"no such backend.{nearest(backend, [TORCH, *BACKENDS])}"
         if find_spec(f"{self.module}_{backend}") is None:
             return "not written"
-        if not find_spec(backend):
-            return f"not installed: {BACKENDS[backend]}"
+        if (reason := missing(backend, args[0].device.type if args else None)) is not None:
+            return reason
         module = _module(self.module, backend)
         if not hasattr(module, self.name):
             return "not written"
-        if args and args[0].device.type != "cuda" and not interpreted(backend):
-            return f"its tensors are on {args[0].device.type}"
         return module.unsupported(*args) if args else None  # type: ignore[no-any-return]
 
     @cached_property
@@ -209,6 +207,20 @@ def _choose(operation: Operation, *args: Any) -> Choice:
         return Choice(able[0] if able and large else TORCH, reason)
     fastest = min((name for name in row.microseconds if name in (TORCH, *able)), key=row.microseconds.__getitem__)
     return Choice(fastest, f"the fastest at {row.rows} x {row.columns}: {row.microseconds[fastest]:.1f} us")
+
+
+def missing(backend: str, device: str | None = None) -> str | None:
+    """Why a backend does not run on a kind of device, or without one on none of this machine's; None if it does."""
+    if backend == "mojo" and device != "cpu":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+            return None  # compiled, they come with the package
+        if device == "cuda":
+            return "its kernels are compiled for Hopper (compute capability 9.0) only"
+    if not find_spec(backend):
+        return f"not installed: {BACKENDS[backend]}"
+    if device in (None, "cuda") or (device == "cpu" and (backend == "mojo" or interpreted(backend))):
+        return None
+    return f"its tensors are on {device}"
 
 
 def interpreted(backend: str) -> bool:
