@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from treadle.kernels import mojo
+from treadle.kernels.launch import aligned
 
 THREADS = 256
 
@@ -20,13 +21,13 @@ def unsupported(x: Tensor, *args: Any) -> str | None:
 
 def gated_activation(x: Tensor, activation: str) -> Tensor:
     y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    _run("swiglu", y, mojo.aligned(x), y)
+    _run("swiglu", y, aligned(x), y)
     return y
 
 
 def gated_activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
-    dy, dx = mojo.aligned(dy), x.new_empty(x.shape)
-    _run("swiglu_backward", dy, dy, mojo.aligned(x), dx)
+    dy, dx = aligned(dy), x.new_empty(x.shape)
+    _run("swiglu_backward", dy, dy, aligned(x), dx)
     return dx
 
 

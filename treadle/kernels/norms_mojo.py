@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from treadle.kernels import mojo
-from treadle.kernels.launch import programs
+from treadle.kernels.launch import aligned, programs
 
 
 def unsupported(x: Tensor, *args: Any) -> str | None:
@@ -52,19 +52,19 @@ def rms_norm_backward(
     lines = count * each if x.is_cuda else 1
     dx, parts = x.new_empty(x.shape), x.new_empty(lines, columns, dtype=torch.float32)
     narrow, wide = _weight(weight, x)
-    tensors = dy, dsum, x_ND, narrow, mojo.aligned(rstd), dx, parts
+    tensors = dy, dsum, x_ND, narrow, aligned(rstd), dx, parts
     mojo.call("norms", kernel, x, (count,), *tensors, rows, columns, wide, offset)
     return dx, parts.sum(0).to(weight.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return mojo.aligned(x).view(-1, x.shape[-1])
+    return aligned(x).view(-1, x.shape[-1])
 
 
 def _weight(weight: Tensor, x: Tensor) -> tuple[Tensor, int]:
     """In float32 or in x's dtype, and whether it is in float32."""
     wide = weight.dtype == torch.float32
-    return mojo.aligned(weight if wide else weight.to(x.dtype)), int(wide)
+    return aligned(weight if wide else weight.to(x.dtype)), int(wide)
 
 
 @cache

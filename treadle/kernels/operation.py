@@ -30,9 +30,10 @@ from treadle.kernels import tables
 TORCH = "torch"  # the definition itself, differentiated by PyTorch
 BACKENDS = {  # in the order in which they are taken where nothing was measured; how to get them
     "triton": "pip install 'treadle[triton]' (PyTorch for CUDA brings it)",
-    "tilelang": "pip install 'treadle[tilelang]'",
+    "tilelang": "pip install 'treadle[tilelang]', and CUDA's nvcc",
     "mojo": "pip install 'treadle[mojo]', for the CPU; a Hopper GPU needs nothing",
 }
+FOR_HOPPER = ("tilelang", "mojo")
 OPERATIONS: dict[str, "Operation"] = {}
 
 # Bytes of a call from which on, unmeasured, a kernel of ours is taken: what a GPU moves while the host launches one.
@@ -93,9 +94,17 @@ class Operation:
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
-        _library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(self.name, lambda *args: self.implementation(choose(self, *args).backend)(*args), _KEY)
-        torch.library.register_fake(f"treadle::{self.name}", self.fake, lib=_library)
+        self._register(self.name, lambda *args: self.implementation(choose(self, *args).backend)(*args))
+
+    def of(self, backend: str) -> Any:
+        """A second operator, `<name>_<backend>`, that runs this backend whatever is chosen for the first."""
+        self._register(f"{self.name}_{backend}", lambda *args: self.implementation(backend)(*args))
+        return getattr(torch.ops.treadle, f"{self.name}_{backend}")
+
+    def _register(self, name: str, run: Callable[..., Any]) -> None:
+        _library.define(name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, run, _KEY)
+        torch.library.register_fake(f"treadle::{name}", self.fake, lib=_library)
 
     def worthwhile(self, *args: Any) -> bool:
         """Whether to call the operator. If not, the definition takes its place, and PyTorch differentiates that.
@@ -209,13 +218,16 @@ def _choose(operation: Operation, *args: Any) -> Choice:
     return Choice(fastest, f"the fastest at {row.rows} x {row.columns}: {row.microseconds[fastest]:.1f} us")
 
 
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def missing(backend: str, device: str | None = None) -> str | None:
     """Why a backend does not run on a kind of device, or without one on none of this machine's; None if it does."""
-    if backend == "mojo" and device != "cpu":
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-            return None  # compiled, they come with the package
-        if device == "cuda":
-            return "its kernels are compiled for Hopper (compute capability 9.0) only"
+    if device == "cuda" and backend in FOR_HOPPER and not on_hopper():
+        return "its kernels are for Hopper GPUs (compute capability 9.0)"
+    if backend == "mojo" and device != "cpu" and on_hopper():
+        return None  # compiled, they come with the package
     if not find_spec(backend):
         return f"not installed: {BACKENDS[backend]}"
     if device in (None, "cuda") or (device == "cpu" and (backend == "mojo" or interpreted(backend))):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from treadle.kernels import mojo
+from treadle.kernels.launch import aligned
 
 
 def unsupported(q: Tensor, k: Tensor, *args: Any) -> str | None:
@@ -35,7 +36,7 @@ def rope_backward(
 def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
     q, k, (B, S, H, K), G = _heads(q), _heads(k), q.shape, k.shape[2]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    tensors = q, k, mojo.aligned(cos), mojo.aligned(sin), q_out, k_out
+    tensors = q, k, aligned(cos), aligned(sin), q_out, k_out
     strides = *q.stride()[:3], *k.stride()[:3]
     sizes = S, cos.shape[0] * cos.shape[1], H, G, K, cos.shape[-1]
     mojo.call("rope", f"rope_{mojo.DTYPES[q.dtype]}", q, (B * S,), *tensors, *strides, *sizes, B * S, sign)
@@ -45,4 +46,4 @@ def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tupl
 def _heads(x: Tensor) -> Tensor:
     """Where each head begins at a multiple of 16 bytes: x as it lies in memory, or a copy."""
     lies = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(n % mojo.vector(x) for n in x.stride()[:3])
-    return x if lies else mojo.aligned(x)
+    return x if lies else aligned(x)

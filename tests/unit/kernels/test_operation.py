@@ -44,6 +44,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(operation, "find_spec", lambda name: name)
     monkeypatch.setattr(operation, "_module", lambda name, backend: module)
     monkeypatch.setattr(operation, "interpreted", lambda backend: backend == "triton")
+    monkeypatch.setattr(operation, "on_hopper", lambda: False)
     monkeypatch.setattr(operation, "_chosen", {})
     return module
 

@@ -1,7 +1,7 @@
 """Kernels in Mojo: for Hopper GPUs they come compiled, for CPUs they are compiled where Mojo is installed.
 
-`manifest.json` says of each compiled kernel what it takes and how it is launched; `make kernels-mojo` writes it. The CPU
-versions (`cpu.mojo`) take the same arguments, after the dtype's number.
+`manifest.json` says of each compiled kernel what it takes and how it is launched; `make kernels-mojo` writes it. Those
+for CPUs (`cpu.mojo`) take the same arguments, after the dtype's number.
 """
 
 import ctypes
@@ -38,12 +38,6 @@ def call(source: str, kernel: str, x: Tensor, grid: Sequence[int], *args: Any) -
         return cubin.launch(FOLDER / f"{source}.cubin", kernel, about["arguments"], grid, about["block"], args)
     dtype = ctypes.c_int32(list(DTYPES).index(x.dtype))
     getattr(_native(), about["operation"])(dtype, *cubin.values(about["arguments"], args))
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x, or a copy of it, that begins at a multiple of 16 bytes (part of a flat buffer may not), numbers side by side."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def vector(x: Tensor) -> int:
