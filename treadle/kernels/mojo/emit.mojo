@@ -6,6 +6,7 @@ from std.sys import argv
 from max.gpu.host import get_gpu_target
 
 from gates import swiglu, swiglu_backward
+from linear import linear
 from norms import rms_norm, rms_norm_backward
 from rope import rope
 from vectors import numbers
@@ -38,6 +39,11 @@ def main() raises:
         comptime turned = compile_info[rope[T], emission_kind="asm", target=HOPPER]
         var t = turned()
         write("rope", "rope", T, "", String(t.function_name), String(t.asm), '"block": 128, "grid": "tokens"')
+        comptime if d < 2:
+            comptime product = compile_info[linear[T], emission_kind="asm", target=HOPPER]
+            var p = product()
+            var tiles = '"block": 256, "grid": "tiles of 128 rows x tiles of 128 features"'
+            write("linear", "linear", T, "", String(p.function_name), String(p.asm), tiles)
         comptime for i in range(5):
             comptime W = WARPS[i]
             comptime R = ROWS[i]
