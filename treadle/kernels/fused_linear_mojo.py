@@ -1,5 +1,5 @@
-"""A linear map with its epilogue in Mojo (`mojo/linear.mojo`), on Hopper's tensor cores as any GPU since Ampere has them
-(mma.sync, without the instructions of Hopper's own)."""
+"""A linear map with its epilogue in Mojo (`mojo/linear.mojo`): tensor cores as any GPU since Ampere has them (mma.sync,
+without the instructions of Hopper alone)."""
 
 from torch import Tensor
 

@@ -88,16 +88,19 @@ def linear[
             fetch[T](x, xs.unsafe_offset(s * BN * BD), row, N, D, s * BD)
             fetch[T](weight, ws.unsafe_offset(s * BF * BD), feature, O, D, s * BD)
         async_copy_commit_group()
+    var slot = 0  # of the tiles to read; those of the step before it are overwritten
     for step in range(steps):
         async_copy_wait_group(STAGES - 2)
         barrier()  # the tile is there for all, and all have read the one that is overwritten now
+        var free = slot - 1 if slot > 0 else STAGES - 1
         var ahead = step + STAGES - 1
         if ahead < steps:
-            fetch[T](x, xs.unsafe_offset(ahead % STAGES * BN * BD), row, N, D, ahead * BD)
-            fetch[T](weight, ws.unsafe_offset(ahead % STAGES * BF * BD), feature, O, D, ahead * BD)
+            fetch[T](x, xs.unsafe_offset(free * BN * BD), row, N, D, ahead * BD)
+            fetch[T](weight, ws.unsafe_offset(free * BF * BD), feature, O, D, ahead * BD)
         async_copy_commit_group()
-        var x_tile = xs.unsafe_offset(step % STAGES * BN * BD)
-        var w_tile = ws.unsafe_offset(step % STAGES * BF * BD)
+        var x_tile = xs.unsafe_offset(slot * BN * BD)
+        var w_tile = ws.unsafe_offset(slot * BF * BD)
+        slot = slot + 1 if slot < STAGES - 1 else 0
         comptime for k in range(BD // 16):
             var a = stack_allocation[4, SIMD[T, 8]]()
             comptime for i in range(4):
