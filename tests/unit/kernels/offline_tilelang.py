@@ -12,15 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-CACHE = tempfile.mkdtemp()
-os.environ["TILELANG_CACHE_DIR"] = CACHE
-
 import torch
 
 from treadle import kernels
-from treadle.kernels import tiles
 from treadle.kernels.mojo.build import tool
 from treadle.kernels.operation import _module
+
+CACHE = tempfile.mkdtemp()
+os.environ["TILELANG_CACHE_DIR"] = CACHE  # read when TileLang is imported, which only its kernels do
 
 COUNTED = {"wgmma": "HGMMA", "tma_loads": "UTMALDG", "spills": "LDL|STL", "wide_loads": r"LDG\.E\S*\.128"}
 
@@ -37,7 +36,9 @@ def resources(kernel, cubin: Path) -> dict[str, object]:
 
 
 def main(names: list[str]) -> None:
-    compiled, found = tiles.compiled, []
+    from treadle.kernels.tiles import compiled
+
+    found = []
 
     def compile_only(build, *sizes):
         before = set(Path(CACHE).rglob("kernel.cubin"))
