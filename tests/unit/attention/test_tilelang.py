@@ -1,4 +1,4 @@
-"""Attention through TileLang without it and without a GPU: what it refuses, and what becomes of its kernels' answers."""
+"""Attention through TileLang without it and without a GPU: what it refuses, and what its kernels are asked for."""
 
 from types import ModuleType
 from typing import Any
