@@ -49,8 +49,8 @@ def _backward_arguments(shape: Shape, dtype: torch.dtype, device: str) -> tuple[
     R = q.shape[2] // k.shape[2]
     log_sum = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     for h in range(q.shape[2]):
-        parts = (x[:1, :, i : i + 1] for x, i in ((q, h), (k, h // R), (v, h // R)))
-        log_sum[:1, h : h + 1] = _definition(*parts, scale)[1]
+        q_1S1K, k_1S1K, v_1S1K = (x[:1, :, i : i + 1] for x, i in ((q, h), (k, h // R), (v, h // R)))
+        log_sum[:1, h : h + 1] = _definition(q_1S1K, k_1S1K, v_1S1K, scale)[1]
     if q.shape[0] > 1:  # further rows are the first one's
         q, k, v = (x[:1].expand(x.shape).contiguous() for x in (q, k, v))
         log_sum = log_sum[:1].expand(log_sum.shape).contiguous()

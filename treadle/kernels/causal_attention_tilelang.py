@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, valid-type"
 """Causal attention in TileLang, for Hopper: one group of warps has the copy engine (TMA) fetch tiles, two multiply
 (wgmma). Forward as FlashAttention (arXiv:2205.14135, with 2407.08608's division of labour).
 

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, valid-type"
 """A linear map and what follows it in TileLang: wgmma on tiles that the copy engine (TMA) brings, some steps ahead.
 
 N rows, D inputs, F outputs; n, d, f their tiles.

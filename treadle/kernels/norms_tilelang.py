@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, valid-type"
 """The root-mean-square norm in TileLang: a block holds whole rows in registers, each number is read and written once.
 
 N rows, D numbers each.
