@@ -55,6 +55,11 @@ def misfit(*tensors: Tensor) -> str | None:
     return None
 
 
+def compiler() -> str:
+    """The command `mojo`: of this Python's environment, or on the PATH."""
+    return shutil.which("mojo", path=sysconfig.get_path("scripts")) or shutil.which("mojo") or "mojo"
+
+
 @cache
 def _native() -> ctypes.CDLL:
     """The CPU versions, compiled at first use into the user's cache."""
@@ -63,8 +68,7 @@ def _native() -> ctypes.CDLL:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         beside = library.with_suffix(f".{os.getpid()}.so")
-        command = shutil.which("mojo", path=sysconfig.get_path("scripts")) or shutil.which("mojo") or "mojo"
-        build = [command, "build", "--emit", "shared-lib", "-o", str(beside), str(FOLDER / "cpu.mojo")]
+        build = [compiler(), "build", "--emit", "shared-lib", "-o", str(beside), str(FOLDER / "cpu.mojo")]
         done = subprocess.run(build, capture_output=True, text=True, check=False)
         if not beside.exists():
             raise ConfigError(f"kernels: mojo could not compile {FOLDER / 'cpu.mojo'}:\n{done.stderr[-2000:]}")
