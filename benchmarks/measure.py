@@ -105,11 +105,11 @@ def measure(
     rows, length, steps = training.batch_size, training.sequence_length, training.steps - warmup
     check_layout(config.parallel, mesh.world.size, config.model, rows, length, rows=training.rows)
     built = build_model(config.model, training, seed=0, mesh=mesh, parallel=config.parallel)
-    state = build_state(built, AdamWConfig(lr=1e-4), training)
+    state = build_state(built, AdamWConfig(lr=2e-5), training)
     clock = Clock(warmup)
     loss = partial(cross_entropy, attention=training.attention)
     loop = Loop(state, training, ConstantConfig(warmup=warmup), loss, [clock], mesh=mesh)
-    loop.run(random_batches(config, mesh, training.steps, document=document, skew=skew))
+    loop.run(list(random_batches(config, mesh, training.steps, document=document, skew=skew)))
     phases, seconds, losses = loop.watch.read(), statistics.median(clock.seconds), clock.losses.copy()
     spread = (max(clock.seconds) - min(clock.seconds)) / seconds
     cuda = device.type == "cuda"

@@ -70,6 +70,7 @@ def layouts(gpus: int) -> dict[str, LayoutRun]:
     runs = {"t1-one": LayoutRun(t1, 1, 4), "t1-fsdp": LayoutRun(t1, gpus, 4)}
     if gpus == 2:
         return runs | {
+            "t1-fsdp-kept": LayoutRun(t1, 2, 4, {"reshard": "never"}),
             "t1-tensor": LayoutRun(t1, 2, 4, two),
             "t1-async-tensor": LayoutRun(t1, 2, 4, two | asynchronous),
             "t1-1f1b": LayoutRun(t1, 2, 1, two_stages),

@@ -1,6 +1,7 @@
 """Attention over rows that are cut over ranks (context parallelism), around the backends that compute it locally.
 
-gather: keys and values of all ranks come to each (and their gradients go back, summed); queries stay. Any facts.
+gather: keys and values of all ranks come to each (and their gradients go back, summed); queries stay. Any facts; plain
+    causal rows are computed chunk by chunk, by kernels that know no places of tokens (`treadle.attention.chunks`).
 ulysses: for the time of attention, a rank has whole rows of some heads instead of all heads of a part of the rows
     (Jacobs et al. 2023, arXiv:2309.14509). Any facts and any backend; heads and key-value heads have to divide.
 ring: keys and values travel from rank to rank, see `treadle.attention.ring`.
@@ -20,6 +21,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from treadle.attention import ring
+from treadle.attention.chunks import fusible
 from treadle.attention.context import AttentionContext, Keys
 from treadle.attention.facts import AttentionFacts
 from treadle.attention.parts import Parts
@@ -46,22 +48,25 @@ def attend(
     """
     parts = parts_of(context)
     if parts.method == "gather":
-        context, (k_BTGK, v_BTGV) = gathered(context, k_BSGK, v_BSGV)
-        return local(q_BSHK, k_BTGK, v_BTGV, facts, context, sinks_H)
+        if k_BSGK.shape[1] == q_BSHK.shape[1]:
+            k_BSGK, v_BSGV = gathered(context, k_BSGK, v_BSGV)
+        if fusible(q_BSHK, facts, context, v_BSGV.shape[-1]):
+            return ring.attend(q_BSHK, k_BSGK, v_BSGV, facts, context, None)
+        return local(q_BSHK, k_BSGK, v_BSGV, facts, in_rank_order(context), sinks_H)
     if parts.method == "ring":
         return ring.attend(q_BSHK, k_BSGK, v_BSGV, facts, context, sinks_H)
     return _ulysses(q_BSHK, k_BSGK, v_BSGV, facts, context, sinks_H, local)
 
 
-def gathered(context: AttentionContext, *tensors: Tensor) -> tuple[AttentionContext, list[Tensor]]:
-    """Of what keys and values are made of, all ranks' x_BTX in rank order, and the context to attend to them with.
+def gathered(context: AttentionContext, *tensors: Tensor) -> list[Tensor]:
+    """Of what keys and values are made of, all ranks' x_BTX in rank order. What is made of them may be attended to.
 
-    All as it is where rows are not cut, or the method does not gather.
+    As it is where rows are not cut, or the method does not gather.
     """
     if context.parts is None or context.parts.method != "gather":
-        return context, list(tensors)
+        return list(tensors)
     parts = parts_of(context)
-    return in_rank_order(context), collectives.gather(tensors, 1, parts.group, parts.size)
+    return collectives.gather(tensors, 1, parts.group, parts.size)
 
 
 def in_rank_order(context: AttentionContext) -> AttentionContext:
@@ -75,13 +80,15 @@ def in_row_order(context: AttentionContext) -> AttentionContext:
     return replace(context.whole, backend=context.backend, tables=context.tables)
 
 
-def shared(context: AttentionContext) -> tuple[AttentionContext | None, dict[str, tuple[Tensor, ...]]]:
+def shared(
+    q_BSHK: Tensor, facts: AttentionFacts, context: AttentionContext, value_dim: int
+) -> tuple[AttentionContext | None, dict[str, tuple[Tensor, ...]]]:
     """The context that backends will be called with where rows are cut, None if none will be; and what of it is the
     same for all layers, as tables of the context."""
     method = parts_of(context).method
     if method == "ulysses":
         return in_row_order(context), {}
-    if method == "ring":
+    if method == "ring" or fusible(q_BSHK, facts, context, value_dim):
         return None, {}
     tables = {KEYS: _keys(context)}
     return in_rank_order(replace(context, tables=tables)), tables

@@ -38,7 +38,7 @@ def attend(
     q_BSHK, k_BTGK, v_BTGV -> out_BSHV, with H a multiple of G (grouped queries); V may differ from K. sinks_H: one
     logit per head, given exactly when `facts.sinks`. Raises ConfigError when the backend that `context.backend` names
     cannot compute these facts; a named backend is never replaced by another. Where rows are cut over ranks (`parts` of
-    the context), q, k and v are of this rank's tokens, and so is the output.
+    the context), q, k and v are of this rank's tokens, and so is the output; k and v may be of all `gathered` ones.
     """
     if facts.sinks != (sinks_H is not None):
         raise ValueError(f"facts.sinks is {facts.sinks}, sinks_H is {'missing' if sinks_H is None else 'given'}")
@@ -92,17 +92,20 @@ def tables(
     head_dims: of a key and of a value. dtype: of the queries.
     """
     found: dict[str, tuple[Tensor, ...]] = {}
+    device = context.positions_BS.device
+
+    def queries(context: AttentionContext) -> Tensor:
+        return torch.empty((), dtype=dtype, device=device).expand(*context.positions_BS.shape, 1, head_dims[0])
+
     if context.parts is not None:
-        local, found = context_parallel.shared(context)
+        local, found = context_parallel.shared(queries(context), facts, context, head_dims[1])
         if local is None:
             return found
         context = local
-    device = context.positions_BS.device
     unwanted = context.cache is not None or device.type != "cuda" or context.backend not in ("auto", "flex")
     if unwanted or flex.key(facts) in context.tables:
         return found
-    q_BSHK = torch.empty((), dtype=dtype, device=device).expand(*context.positions_BS.shape, 1, head_dims[0])
-    if choose(q_BSHK, facts, context, head_dims[1]) != "flex":
+    if choose(queries(context), facts, context, head_dims[1]) != "flex":
         return found
     return found | {flex.key(facts): flex.tables(facts, context)}
 

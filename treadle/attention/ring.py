@@ -1,31 +1,29 @@
-"""Ring attention: keys and values travel from rank to rank, and no rank ever holds all of them (arXiv:2310.01889).
+"""Attention of this rank's queries to all ranks' keys, one pair of chunks after the other.
 
-A rank attends to one part after the other; each gives an output and the logarithm of its softmax's denominator, from
-which the parts' outputs are merged. The backward sends keys and values round once more, and their gradients with them.
-While a part is computed with, the next is on its way. For rows so long that the keys and values of all ranks do not fit
-in memory, even of one layer at a time; `gather` is simpler and has less to wait for.
+ring: keys and values travel from rank to rank, and no rank ever holds all of them (arXiv:2310.01889). The backward
+sends them round once more, and their gradients with them. While a part is computed with, the next is on its way. For
+rows so long that the keys and values of all ranks do not fit in memory, even of one layer at a time.
+
+gathered: all of them are here already, in rank order. For causal attention without further conditions, whose pairs are
+computed by kernels that know no places of tokens.
 
 It is an operator of our own: the compiler does not look inside, and activation checkpointing may keep its output. Pairs
-of a rank's chunks that cannot see each other are skipped; those that can are computed by the definition, in pieces of
-queries, so that memory does not grow with the square of the length.
+of a rank's chunks that cannot see each other are skipped; see `treadle.attention.chunks` for those that can.
 
-B batch, S this rank's tokens, T tokens of whole rows, L tokens of a chunk, Q queries of a piece, H heads, G key-value
-heads, R query heads of each, K head dim, V value dim.
+B batch, S this rank's tokens, T tokens of whole rows, H heads, G key-value heads, K head dim, V value dim.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treadle.attention.context import AttentionContext, Keys
-from treadle.attention.facts import AttentionFacts, alibi_bias, visible
+from treadle.attention.chunks import Merged, Pair, Pairs, fusible
+from treadle.attention.context import AttentionContext
+from treadle.attention.facts import AttentionFacts
 from treadle.attention.parts import Parts
-
-PIECE_ELEMENTS = 1 << 27  # scores at a time: half a GiB in float32
 
 
 def attend(
@@ -36,7 +34,7 @@ def attend(
     context: AttentionContext,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """-> out_BSHV"""
+    """Keys and values are this rank's, or gathered: all ranks'.  -> out_BSHV"""
     parts = context.parts
     assert parts is not None
     wide = torch.promote_types(q_BSHK.dtype, torch.float32)
@@ -44,7 +42,10 @@ def attend(
     statics = (facts.scale or q_BSHK.shape[-1] ** -0.5, facts.window, facts.softcap, facts.alibi)
     heads = facts.heads or (0, q_BSHK.shape[2])
     where = (parts.order, parts.group, parts.rank, parts.size)
-    out_BSHV, lse_BSH = torch.ops.treadle.ring_attention(q_BSHK, k_BSGK, v_BSGV, documents_BT, *statics, *heads, *where)
+    fused = fusible(q_BSHK, facts, context, v_BSGV.shape[-1])
+    out_BSHV, lse_BSH = torch.ops.treadle.ring_attention(
+        q_BSHK, k_BSGK, v_BSGV, documents_BT, *statics, *heads, *where, fused
+    )
     if sinks_H is not None:
         # A sink takes its share of the softmax from all keys alike: exp(lse) / (exp(lse) + exp(sink)) is left to them.
         out_BSHV = out_BSHV * torch.sigmoid(lse_BSH - sinks_H.to(wide))[..., None]
@@ -67,33 +68,22 @@ def _forward(
     group: str,
     rank: int,
     size: int,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> out_BSHV and lse_BSH, the logarithm of each softmax's denominator, both float32 or wider"""
-    pairs = _Pairs.of(
-        q_BSHK, documents_BT, scale, window, softcap, alibi, first_head, all_heads, order, group, rank, size
-    )
-    wide = torch.promote_types(q_BSHK.dtype, torch.float32)
-    out_BSHV = torch.zeros(*q_BSHK.shape[:3], v_BSGV.shape[3], dtype=wide, device=q_BSHK.device)
-    lse_BSH = torch.full(q_BSHK.shape[:3], float("-inf"), dtype=wide, device=q_BSHK.device)
-    for held, seen in _round([k_BSGK.contiguous(), v_BSGV.contiguous()], pairs):
+    """-> out_BSHV and lse_BSH, the logarithm of each softmax's denominator; both float32 or wider, but for the output
+    of fused kernels, which is in the dtype of the queries"""
+    statics = scale, window, softcap, alibi, first_head, all_heads, order, group, rank, size, fused
+    pairs, merged = _pairs(q_BSHK, documents_BT, *statics), Merged(q_BSHK, v_BSGV.shape[3])
+    for held, seen in _round(q_BSHK, [k_BSGK.contiguous(), v_BSGV.contiguous()], pairs):
         for pair in seen:
-            scores_BQGRL, _ = pair.scores(q_BSHK, held[0])
-            new_BQH = scores_BQGRL.logsumexp(-1).flatten(2, 3)
-            finite_BQH = new_BQH.masked_fill(new_BQH == float("-inf"), 0)
-            weights_BQGRL = torch.exp(scores_BQGRL - finite_BQH.view(scores_BQGRL.shape[:-1])[..., None])
-            new_BQHV = torch.einsum("bqgrl,blgv->bqgrv", weights_BQGRL, held[1][:, pair.keys].to(wide)).flatten(2, 3)
-            old_BQH = lse_BSH[:, pair.queries]
-            both_BQH = torch.logaddexp(old_BQH, new_BQH)
-            old_share, new_share = (torch.exp(part - both_BQH)[..., None] for part in (old_BQH, new_BQH))
-            out_BSHV[:, pair.queries] = out_BSHV[:, pair.queries] * old_share + new_BQHV * new_share
-            lse_BSH[:, pair.queries] = both_BQH
-    return out_BSHV, lse_BSH
+            merged.add(pair.queries, *pair.forward(q_BSHK, *held))
+    return merged.out_BSHV.to(q_BSHK.dtype) if fused else merged.out_BSHV, merged.lse_BSH
 
 
 @_forward.register_fake
 def _(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *statics: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q_BSHK.dtype, torch.float32)
-    out_BSHV = q_BSHK.new_empty(*q_BSHK.shape[:3], v_BSGV.shape[3], dtype=wide)
+    wide, fused = torch.promote_types(q_BSHK.dtype, torch.float32), statics[-1]
+    out_BSHV = q_BSHK.new_empty(*q_BSHK.shape[:3], v_BSGV.shape[3], dtype=q_BSHK.dtype if fused else wide)
     return out_BSHV, q_BSHK.new_empty(q_BSHK.shape[:3], dtype=wide)
 
 
@@ -117,41 +107,30 @@ def _backward(
     group: str,
     rank: int,
     size: int,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq_BSHK, dk_BSGK, dv_BSGV"""
-    pairs = _Pairs.of(
-        q_BSHK, documents_BT, scale, window, softcap, alibi, first_head, all_heads, order, group, rank, size
-    )
-    wide, G = lse_BSH.dtype, k_BSGK.shape[2]
-    # What the softmax takes from each score's gradient: sum_j P_j dP_j, less what comes through the lse itself.
-    taken_BSH = (dout_BSHV * out_BSHV).sum(-1) - dlse_BSH
+    statics = scale, window, softcap, alibi, first_head, all_heads, order, group, rank, size, fused
+    pairs, wide = _pairs(q_BSHK, documents_BT, *statics), lse_BSH.dtype
+    dout_BSHV = dout_BSHV.contiguous()
     dq_BSHK = torch.zeros(q_BSHK.shape, dtype=wide, device=q_BSHK.device)
     sums: _Travel | None = None
-    for held, seen in _round([k_BSGK.contiguous(), v_BSGV.contiguous()], pairs):
-        dk_BSGK, dv_BSGV = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in held)
+    found: list[Tensor] = []
+    for held, seen in _round(q_BSHK, [k_BSGK.contiguous(), v_BSGV.contiguous()], pairs):
+        found = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in held]
         for pair in seen:
-            queries, keys = pair.queries, pair.keys
-            scores_BQGRL, slope = pair.scores(q_BSHK, held[0])
-            lse_BQGR, taken_BQGR = (x[:, queries].unflatten(2, (G, -1)) for x in (lse_BSH, taken_BSH))
-            dout_BQGRV = dout_BSHV[:, queries].unflatten(2, (G, -1))
-            weights_BQGRL = torch.exp(scores_BQGRL - lse_BQGR[..., None])
-            dv_BSGV[:, keys] += torch.einsum("bqgrl,bqgrv->blgv", weights_BQGRL, dout_BQGRV)
-            dweights_BQGRL = torch.einsum("bqgrv,blgv->bqgrl", dout_BQGRV, held[1][:, keys].to(wide))
-            dscores_BQGRL = weights_BQGRL * (dweights_BQGRL - taken_BQGR[..., None]) * scale
-            if slope is not None:
-                dscores_BQGRL = dscores_BQGRL * slope
-            dq_BQGRK = torch.einsum("bqgrl,blgk->bqgrk", dscores_BQGRL, held[0][:, keys].to(wide))
-            dq_BSHK[:, queries] += dq_BQGRK.flatten(2, 3)
-            q_BQGRK = q_BSHK[:, queries].to(wide).unflatten(2, (G, -1))
-            dk_BSGK[:, keys] += torch.einsum("bqgrl,bqgrk->blgk", dscores_BQGRL, q_BQGRK)
+            dq, dk, dv = pair.backward(dout_BSHV, dlse_BSH, (q_BSHK, held[0], held[1]), out_BSHV, lse_BSH)
+            dq_BSHK[:, pair.queries] += dq
+            found[0][:, pair.keys] += dk
+            found[1][:, pair.keys] += dv
+        if _gathered(q_BSHK, k_BSGK):
+            break
         # What earlier ranks have summed of these keys' gradients has arrived meanwhile; after the last step they are
         # those of the next rank, where they go like all the others.
-        found = [dk_BSGK, dv_BSGV]
         if sums is not None:
             found = [mine + theirs for mine, theirs in zip(found, sums.arrived(), strict=True)]
         sums = _Travel(found, pairs.parts)
-    assert sums is not None
-    dk_BSGK, dv_BSGV = sums.arrived()
+    dk_BSGK, dv_BSGV = found if sums is None else sums.arrived()
     return dq_BSHK.to(q_BSHK.dtype), dk_BSGK.to(k_BSGK.dtype), dv_BSGV.to(v_BSGV.dtype)
 
 
@@ -168,106 +147,37 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, dout_BSHV: Tensor, dlse_BSH: Tensor) -> tuple[Tensor | None, ...]:
     backward = torch.ops.treadle.ring_attention_backward
-    return *backward(dout_BSHV, dlse_BSH, *ctx.saved_tensors, *ctx.statics), *[None] * 11
+    return *backward(dout_BSHV, dlse_BSH, *ctx.saved_tensors, *ctx.statics), *[None] * 12
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Some queries of this rank and a chunk of keys, as slices of what their ranks hold."""
-
-    queries: slice
-    keys: slice
-    facts: AttentionFacts
-    context: AttentionContext
-
-    def scores(self, q_BSHK: Tensor, k_BSGK: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scores, -inf where a key is not seen, and the slope of the softcap at each.  -> scores_BQGRL, slope"""
-        facts, H, G, L = self.facts, q_BSHK.shape[2], k_BSGK.shape[2], self.keys.stop - self.keys.start
-        wide, slope = torch.promote_types(q_BSHK.dtype, torch.float32), None
-        q_BQGRK, k_BLGK = q_BSHK[:, self.queries].to(wide).unflatten(2, (G, -1)), k_BSGK[:, self.keys].to(wide)
-        assert facts.scale is not None
-        scores_BQGRL = torch.einsum("bqgrk,blgk->bqgrl", q_BQGRK, k_BLGK) * facts.scale
-        if facts.softcap is not None:
-            turned = torch.tanh(scores_BQGRL / facts.softcap)
-            scores_BQGRL, slope = facts.softcap * turned, 1 - turned.square()
-        if facts.alibi:
-            bias_BHQL = alibi_bias(facts, H, self.context, L, wide)
-            scores_BQGRL = scores_BQGRL + bias_BHQL.unflatten(1, (G, -1)).permute(0, 3, 1, 2, 4)
-        unseen_BQL = ~visible(facts, self.context, L)
-        return scores_BQGRL.masked_fill(unseen_BQL[:, :, None, None], float("-inf")), slope
+def _pairs(q_BSHK: Tensor, documents_BT: Tensor | None, *statics: Any) -> Pairs:
+    """Of what the operators are called with."""
+    scale, window, softcap, alibi, first_head, all_heads, order, group, rank, size, fused = statics
+    heads = first_head, all_heads
+    facts = AttentionFacts(scale=scale, window=window, softcap=softcap, alibi=alibi, heads=heads)
+    return Pairs.of(q_BSHK, documents_BT, facts, Parts("ring", order, group, rank, size), fused)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """What of this rank's queries and another rank's keys can meet."""
-
-    facts: AttentionFacts
-    parts: Parts
-    documents_BT: Tensor | None
-    device: torch.device
-    chunk: int  # tokens
-    piece: int  # queries
-
-    @classmethod
-    def of(
-        cls,
-        q_BSHK: Tensor,
-        documents_BT: Tensor | None,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        alibi: float,
-        first_head: int,
-        all_heads: int,
-        order: Any,
-        *where: Any,
-    ) -> "_Pairs":
-        heads = first_head, all_heads
-        facts = AttentionFacts(scale=scale, window=window, softcap=softcap, alibi=alibi, heads=heads)
-        parts, (B, S, H, _) = Parts("ring", order, *where), q_BSHK.shape
-        chunk = S // parts.each
-        return cls(
-            facts, parts, documents_BT, q_BSHK.device, chunk, max(1, min(chunk, PIECE_ELEMENTS // (B * H * chunk)))
-        )
-
-    def seen(self, source: int) -> Iterator[_Pair]:
-        """By the keys of rank `source`. Later chunks are never seen; nor are those that no window reaches back to.
-
-        The latest keys come first, so that of its own rank a query sees itself at once: a merge needs a finite lse.
-        """
-        L, window = self.chunk, self.facts.window
-        for mine, query_chunk in enumerate(self.parts.chunks(self.parts.rank)):
-            for theirs, key_chunk in sorted(enumerate(self.parts.chunks(source)), key=lambda one: -one[1]):
-                distance = (query_chunk - key_chunk) * L - (L - 1)  # of the first query to the last key
-                if key_chunk > query_chunk or (window is not None and distance >= window):
-                    continue
-                for start in range(0, L, self.piece):
-                    stop = min(start + self.piece, L)
-                    queries = slice(query_chunk * L + start, query_chunk * L + stop)
-                    keys = slice(key_chunk * L, (key_chunk + 1) * L)
-                    held = slice(mine * L + start, mine * L + stop), slice(theirs * L, (theirs + 1) * L)
-                    yield _Pair(*held, self.facts, self._context(queries, keys))
-
-    def _context(self, queries: slice, keys: slice) -> AttentionContext:
-        query_places, key_places = (
-            torch.arange(x.start, x.stop, device=self.device, dtype=torch.int32) for x in (queries, keys)
-        )
-        positions = query_places[None]  # not asked for: masks and biases look at places
-        if self.documents_BT is None:
-            return AttentionContext(positions, keys=Keys(query_places, key_places))
-        query_documents, key_documents = self.documents_BT[:, queries], self.documents_BT[:, keys]
-        return AttentionContext(positions, query_documents, keys=Keys(query_places, key_places, key_documents))
+def _gathered(q_BSHK: Tensor, k_BSGK: Tensor) -> bool:
+    return k_BSGK.shape[1] != q_BSHK.shape[1]
 
 
-def _round(held: list[Tensor], pairs: _Pairs) -> Iterator[tuple[list[Tensor], Iterator[_Pair]]]:
-    """Keys and values of each rank, this one's own first, and the pairs that meet there. The next are on their way."""
+def _round(q_BSHK: Tensor, held: list[Tensor], pairs: Pairs) -> Iterator[tuple[list[Tensor], Iterator[Pair]]]:
+    """Keys and values of each rank, this one's own first, and the pairs that meet there. The next are on their way.
+
+    Of those that are gathered, all at once.
+    """
     rank, size = pairs.parts.rank, pairs.parts.size
-    for step in range(size):
-        travel = _Travel(held, pairs.parts) if step < size - 1 else None
-        yield held, pairs.seen((rank - step) % size)
+    sources = [(rank - step) % size for step in range(size)]
+    if _gathered(q_BSHK, held[0]):
+        yield held, (pair for source in sources for pair in pairs.seen(source, start=source * q_BSHK.shape[1]))
+        return
+    for source in sources:
+        travel = _Travel(held, pairs.parts) if source != sources[-1] else None
+        yield held, pairs.seen(source)
         if travel is not None:
             held = travel.arrived()
 

@@ -100,7 +100,7 @@ class LatentAttention(nn.Module):
             if context.cache.in_pages or self.absorbing_is_cheaper(x_BSD.shape[1], kept_BTM.shape[1]):
                 return self.out(self.absorbed(q_BSHN, q_BSHR, kept_BTM, context).flatten(-2))
             latent_BTC, key_BTR = kept_BTM.split((self.kv_rank, self.rope_dim), dim=-1)
-        context, (latent_BTC, key_BTR) = gathered(context, latent_BTC, key_BTR)  # smaller than keys and values
+        latent_BTC, key_BTR = gathered(context, latent_BTC, key_BTR)  # smaller than keys and values
         return self.out(self.expanded(q_BSHN, q_BSHR, latent_BTC, key_BTR, context).flatten(-2))
 
     def expanded(

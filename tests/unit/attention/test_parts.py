@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.attention import AttentionContext, AttentionFacts, attend, flash, flex, tables
+from treadle.attention import AttentionContext, AttentionFacts, attend, flash, flex, ring, tables
+from treadle.attention.chunks import Pairs, fusible
 from treadle.attention.context_parallel import in_rank_order, in_row_order, shared
 from treadle.attention.facts import visible
 from treadle.attention.parts import Parts
-from treadle.attention.ring import _Pairs
 from treadle.errors import ConfigError
 from treadle.nn.rope_scaling import document_lengths
 
@@ -74,9 +74,8 @@ def test_what_meets_in_a_ring(case: tuple[AttentionContext, list[Parts]], window
     expected = visible(AttentionFacts(window=window), whole, S).int()
     own = S // len(parts)
     for part in parts:
-        where = (part.order, part.group, part.rank, part.size)
-        pairs = _Pairs.of(torch.zeros(2, own, 4, 8), whole.documents_BS, 1.0, window, None, 0.0, 0, 4, *where)
-        pairs = replace(pairs, piece=2)
+        facts = AttentionFacts(scale=1.0, window=window)
+        pairs = replace(Pairs.of(torch.zeros(2, own, 4, 8), whole.documents_BS, facts, part, fused=False), piece=2)
         found = torch.zeros(2, own, S, dtype=torch.int32)
         for source in [(part.rank - step) % part.size for step in range(part.size)]:
             for pair in pairs.seen(source):
@@ -150,7 +149,7 @@ def test_layers_find_their_tables_made(method: str) -> None:
     documents_BS = torch.tensor([[0] * 100 + [1] * 300 + [2] * 112])
     cut = AttentionContext.packed(documents_BS).cut(all_parts("zigzag", 2, method)[1])
     facts = AttentionFacts(window=200)
-    local, made = shared(cut)
+    local, made = shared(torch.zeros(1, 256, 1, 8), facts, cut, 8)
     assert local is not None
     made = made | {flex.key(facts): flex.tables(facts, local)}
     as_layers_do = in_rank_order if method == "gather" else in_row_order
@@ -169,7 +168,7 @@ def test_layers_find_their_tables_made(method: str) -> None:
 def test_only_what_is_used_is_made() -> None:
     whole = AttentionContext.causal(1, 256)
     cut = {m: whole.cut(all_parts("zigzag", 2, m)[0]) for m in ("gather", "ring", "ulysses")}
-    made = {m: tables(AttentionFacts(), (16, 16), torch.float32, context) for m, context in cut.items()}
+    made = {m: tables(AttentionFacts(window=9), (16, 16), torch.float32, context) for m, context in cut.items()}
     places, there = made.pop("gather")["keys of all ranks"]
     assert places.tolist() == [*range(64), *range(192, 256)]
     assert there.tolist() == [*range(64), *range(192, 256), *range(64, 192)]
@@ -195,3 +194,30 @@ def test_a_cache_is_not_read_from_cut_rows() -> None:
     x = torch.zeros(1, 2, 2, 4)
     with pytest.raises(ConfigError, match="a cache cannot be read where rows are cut"):
         attend(x, x, x, AttentionFacts(), context)
+
+
+@pytest.mark.parametrize("facts", [AttentionFacts(), AttentionFacts(scale=0.3), AttentionFacts(window=5)])
+@pytest.mark.parametrize("order", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_gathered_chunks_equal_whole_rows(size: int, order: str, facts: AttentionFacts) -> None:
+    """Outputs and gradients, with PyTorch's fused kernels where they can, against the definition on whole rows."""
+    torch.manual_seed(0)
+    whole = AttentionContext.causal(2, 12 * size)
+    q, k, v, dout = (torch.randn(2, 12 * size, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*exact, facts, replace(whole, backend="reference"))
+    out.backward(dout)
+    sums = [torch.zeros_like(x) for x in (k, v)]
+    for part in all_parts(order, size):
+        mine = [part.cut(q), part.to_rank_order(k), part.to_rank_order(v)]
+        leaves = [x.clone().requires_grad_() for x in mine]
+        context = whole.cut(part)
+        assert fusible(leaves[0], facts, context, 8) == (facts.window is None)
+        got = ring.attend(*leaves, facts, context, None)
+        got.backward(part.cut(dout))
+        torch.testing.assert_close(got, part.cut(out), rtol=0, atol=1e-12)
+        torch.testing.assert_close(leaves[0].grad, part.cut(exact[0].grad), rtol=0, atol=1e-12)
+        for total, leaf in zip(sums, leaves[1:], strict=True):
+            total += part.to_row_order(leaf.grad)
+    for total, leaf in zip(sums, exact[1:], strict=True):
+        torch.testing.assert_close(total, leaf.grad, rtol=0, atol=1e-12)
