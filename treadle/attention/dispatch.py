@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from treadle.attention import context_parallel, flash, flash4, flex, reference, sdpa
+from treadle.attention import context_parallel, flash, flash4, flex, reference, sdpa, tilelang
 from treadle.attention.context import AttentionContext
 from treadle.attention.facts import AttentionFacts, slopes
 from treadle.attention.paged import PagedCache, by_rows, gather
@@ -22,6 +22,7 @@ BACKENDS: dict[str, ModuleType] = {
     "flash": flash,
     "flash4": flash4,
     "flex": flex,
+    "tilelang": tilelang,
 }
 
 

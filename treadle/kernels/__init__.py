@@ -1,8 +1,10 @@
 """Operations with kernels of their own. Blocks call these; docs/kernels.md tells which implementation runs."""
 
 from treadle.kernels.adamw import adamw_step
+from treadle.kernels.causal_attention import CAUSAL_ATTENTION
 from treadle.kernels.draw import draw
 from treadle.kernels.expert_rows import combine_rows, spread_rows
+from treadle.kernels.fused_linear import fused_linear
 from treadle.kernels.gates import gated_activation
 from treadle.kernels.log_probabilities import log_probabilities
 from treadle.kernels.norms import add_rms_norm, layer_norm, rms_norm
@@ -24,6 +26,7 @@ from treadle.kernels.store_rows import store_rows
 
 __all__ = [
     "BACKENDS",
+    "CAUSAL_ATTENTION",
     "OPERATIONS",
     "PAGED_ATTENTION",
     "Choice",
@@ -35,6 +38,7 @@ __all__ = [
     "combine_rows",
     "draw",
     "explain",
+    "fused_linear",
     "gated_activation",
     "layer_norm",
     "log_probabilities",

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint
 
 import treadle.attention.flash4
 import treadle.attention.ring
+import treadle.attention.tilelang
 import treadle.kernels.grouped_linear  # noqa: F401  define operators below
 from treadle.config import Kind
 
@@ -69,6 +70,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.treadle.ring_attention.default,
     torch.ops.treadle.flash4.default,
+    torch.ops.treadle.causal_attention_tilelang.default,
 }
 # What was summed over the processes that share a matrix: small, since each has its tokens only, and dear to send again.
 _SUMS = {
