@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, NonNegativeInt, model_validator
 from rich.console import Console
@@ -29,6 +30,7 @@ from treadle.train.resume import check_resume
 from treadle.train.schedules import CosineConfig, ScheduleConfig
 from treadle.train.setup import build_model, build_state
 from treadle.train.state import TrainState
+from treadle.train.weights import load_weights, spec_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +45,23 @@ class SessionConfig(Config):
     folder: Path | None = Field(None, description="exactly this run folder; null: root/name-date")
     seed: NonNegativeInt = Field(0, description="of weights and data order")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    model: TransformerConfig
+    weights: Path | None = Field(
+        None, description="what the model starts from: a Hugging Face folder, a model folder or a run; null: the seed"
+    )
+    model: TransformerConfig = Field(description="the architecture; may be left out where `weights` has it")
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = CosineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_the_weights(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("model") is None and isinstance(data.get("weights"), str | Path):
+            return {**data, "model": to_dict(spec_of(Path(data["weights"])))}
+        return data
 
     @model_validator(mode="after")
     def _rows_fit_the_model(self) -> "SessionConfig":
@@ -176,6 +188,8 @@ def open_session(
     folder, step = mesh.leaders(begin)
     with opened[0] if opened else Follower(folder) as run:
         model = build_model(spec, config.training, seed=config.seed, mesh=mesh, parallel=config.parallel)
+        if config.weights is not None and step is None:
+            load_weights(model, config.weights)
         state = build_state(model, config.optimizer, config.training)
         checkpointer = Checkpointer(run.folder / CHECKPOINTS, config.checkpoint, mesh)
         if step is not None:
