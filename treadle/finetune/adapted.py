@@ -44,10 +44,8 @@ class Adapted(nn.Module):
         rows = list(wide(values).split(list(self.parts.values()) or values.shape[dim], dim=dim))
         for name, update in self.updates.items():
             number = list(self.parts).index(name) if self.parts else 0
-            if leaf == "weight":
-                rows[number] = update.merged(rows[number])
-            elif hasattr(update, "merged_bias"):
-                rows[number] = update.merged_bias(rows[number])
+            function = getattr(update, "merged" if leaf == "weight" else "merged_bias", None)
+            rows[number] = rows[number] if function is None else function(rows[number])
         return torch.cat(rows, dim=dim).to(values.dtype)
 
 
@@ -104,7 +102,7 @@ class AdaptedGrouped(Adapted):
 
 def adapt(layer: Any, form: type[Adapted], updates: dict[str, nn.Module]) -> None:
     """Give a layer these updates, in place."""
-    layer.__class__ = _class(type(layer), form)
+    layer.__class__ = _class(type(layer), form)  # type: ignore[arg-type]
     layer.updates, layer.applied, layer.kept = nn.ModuleDict(updates), True, {}
 
 

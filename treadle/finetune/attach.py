@@ -47,6 +47,7 @@ def attach(model: Transformer, config: FinetuneConfig) -> None:
             _put_between(model, targets, config)
         else:
             _put_beside(model, targets, config)
+    model.train(model.training)  # what is new too
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "finetune.targets: nothing would be trained in one of the pipeline's parts; target its layers"
@@ -73,7 +74,8 @@ def _put_between(model: Transformer, targets: Targets, config: FinetuneConfig) -
         _, number, name = path.split(".")
         if number in model.layers:
             layer: Any = model.layers[number]
-            bottleneck = Bottleneck(model.config.dim, *parts.values(), config)
+            (width,) = parts.values()
+            bottleneck = Bottleneck(model.config.dim, width, config)
             layer.add_module(f"{name}_updates", bottleneck)
             getattr(layer, name).register_forward_hook(Around(bottleneck))
 

@@ -64,7 +64,8 @@ class LoRA(nn.Module):
         self.settled = False  # whether the weight has lost it
         if config.init == "pissa":  # where A and B began, and what W has lost
             self.A0, self.B0 = Factor(inputs, rank, 0.0), Factor(rank, outputs, 0.0, part=part)
-            self.A0.requires_grad_(False), self.B0.requires_grad_(False)
+            self.A0.requires_grad_(False)
+            self.B0.requires_grad_(False)
 
     def forward(self, x: Tensor, y: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         return y + self.update(x)

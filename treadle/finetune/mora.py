@@ -75,7 +75,7 @@ class MoRA(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, rank: int, role: Role, part: str, config: FinetuneConfig):
         super().__init__()
-        self.inputs, self.outputs, self.type, self.dropout = inputs, outputs, config.mora_type, config.dropout
+        self.inputs, self.outputs, self.kind, self.dropout = inputs, outputs, config.mora_type, config.dropout
         size = square_size(inputs, outputs, rank, config.mora_type)
         self.square = nn.Parameter(torch.empty(size, size))
 
@@ -84,10 +84,10 @@ class MoRA(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
-        return y + mora(x, self.square.to(x.dtype), self.outputs, self.type)
+        return y + mora(x, self.square.to(x.dtype), self.outputs, self.kind)
 
     def merged(self, weight_OI: Tensor) -> Tensor:
         """The update's matrix is what it makes of unit vectors, so that there is no second definition of it."""
         square = wide(self.square)
         units_II = torch.eye(self.inputs, device=square.device, dtype=square.dtype)
-        return weight_OI + mora(units_II, square, self.outputs, self.type).t()
+        return weight_OI + mora(units_II, square, self.outputs, self.kind).t()

@@ -27,7 +27,6 @@ from treadle.families.tensors import pieces
 from treadle.finetune.adapted import adapted
 from treadle.finetune.attach import prepare
 from treadle.finetune.config import FinetuneConfig
-from treadle.finetune.lora import LoRA
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
@@ -100,7 +99,7 @@ def save_peft(model: Transformer, folder: Path, *, family: str | None = None, ba
             config["rank_pattern"][module], scales[module] = rank, scale * rank
         config |= {"r": max(config["rank_pattern"].values()), "lora_dropout": 0.0, "alpha_pattern": scales}
         config["lora_alpha"] = max(scales.values())
-    further = _further(chosen, model)
+    further = _further(model)
     if further:
         raise ConfigError(
             f"PEFT's format: {further[0]} was trained as well, which is not written; merge the model instead"
@@ -193,7 +192,7 @@ def _rows(sources: list[Piece], path: str, part: str, wanted: range, layer: Any)
 def _low_rank(rows: list[Rows], layers: dict[str, Any]) -> tuple[dict[str, Tensor], int, float]:
     """One pair for all that is in a module of theirs, its rank and its scale."""
     As, blocks, magnitude, start = [], [], None, 0
-    updates: list[LoRA] = [layers[row.path].updates[row.part] for row in rows]
+    updates: list[Any] = [layers[row.path].updates[row.part] for row in rows]
     scale = updates[0].scale
     for row, update in zip(rows, updates, strict=True):
         A_RI, B_OR = update.A.weight.detach(), update.B.weight.detach() * (update.scale / scale)
@@ -202,7 +201,8 @@ def _low_rank(rows: list[Rows], layers: dict[str, Any]) -> tuple[dict[str, Tenso
             B_OR = torch.cat((B_OR, -update.B0.weight.detach()), dim=1)
         block = B_OR.new_zeros(row.size, B_OR.shape[1])
         block[row.theirs] = B_OR
-        As.append(A_RI), blocks.append(block)
+        As.append(A_RI)
+        blocks.append(block)
         start += len(row.theirs)
         if hasattr(update, "magnitude"):
             magnitude = torch.empty(row.size) if magnitude is None else magnitude
@@ -216,7 +216,7 @@ def _low_rank(rows: list[Rows], layers: dict[str, Any]) -> tuple[dict[str, Tenso
 
 
 def _scales(rows: list[Rows], layers: dict[str, Any]) -> tuple[Tensor, bool]:
-    updates = [layers[row.path].updates[row.part] for row in rows]
+    updates: list[Any] = [layers[row.path].updates[row.part] for row in rows]
     if updates[0].inputs:
         return updates[0].factor.detach()[None], True
     factor = torch.ones(rows[0].size)
@@ -225,7 +225,7 @@ def _scales(rows: list[Rows], layers: dict[str, Any]) -> tuple[Tensor, bool]:
     return factor[:, None], False
 
 
-def _further(family: Family, model: Transformer) -> list[str]:
+def _further(model: Transformer) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad and "updates." not in name]
 
 

@@ -110,9 +110,14 @@ def whole_tensors(path: Path, spec: TransformerConfig) -> Callable[[str], Tensor
     read = open_tensors(path, spec)
     if read is not None:
         return read
-    model = build_meta(spec).to_empty(device="cpu")
+    return dict(load_base(path).named_parameters()).__getitem__
+
+
+def load_base(path: Path) -> Transformer:
+    """The model of weights of any form, whole, on the CPU."""
+    model = build_meta(spec_of(path)).to_empty(device="cpu")
     load_weights(model, path)
-    return dict(model.named_parameters()).__getitem__
+    return model.eval()
 
 
 def _read(model: Transformer, folder: Path) -> dict[str, Tensor]:
