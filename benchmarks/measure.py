@@ -6,7 +6,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from treadle.parallel.mesh import Mesh
 from treadle.train.config import TrainingConfig
 from treadle.train.hardware import device_name, peak_flops
 from treadle.train.loop import Callback, Loop, StepRecord
-from treadle.train.losses import cross_entropy
+from treadle.train.losses import training_loss
 from treadle.train.optimizers import AdamWConfig
 from treadle.train.schedules import ConstantConfig
 from treadle.train.setup import build_model, build_state
@@ -107,7 +106,7 @@ def measure(
     built = build_model(config.model, training, seed=0, mesh=mesh, parallel=config.parallel)
     state = build_state(built, AdamWConfig(lr=2e-5), training)
     clock = Clock(warmup)
-    loss = partial(cross_entropy, attention=training.attention)
+    loss = training_loss(training)
     loop = Loop(state, training, ConstantConfig(warmup=warmup), loss, [clock], mesh=mesh)
     loop.run(list(random_batches(config, mesh, training.steps, document=document, skew=skew)))
     phases, seconds, losses = loop.watch.read(), statistics.median(clock.seconds), clock.losses.copy()

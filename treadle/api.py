@@ -75,8 +75,12 @@ def load(
 
     imports: Python files or modules with blocks or families of your own that the folder does not name itself.
     """
-    folder = Path(path) if Path(path).is_dir() else find_run(path, root)
-    return load_folder(folder, device=find_device(device), dtype=dtype, imports=imports)
+    return load_folder(find_model(path, root), device=find_device(device), dtype=dtype, imports=imports)
+
+
+def find_model(reference: str | Path, root: Path | str = "runs") -> Path:
+    """The folder of a model or of a run (folder, id, prefix, "latest"). Raises as `find_run` does."""
+    return Path(reference) if Path(reference).is_dir() else find_run(reference, root)
 
 
 def find_run(reference: str | Path, root: Path | str = "runs") -> Path:

@@ -30,13 +30,13 @@ def chat(
     What was said before is kept in the cache, and not computed again.
     """
     import treadle
-    from treadle.api import find_run
+    from treadle.api import find_model
     from treadle.data.chat import ChatTemplate
     from treadle.inference.engine import Engine, EngineConfig
     from treadle.inference.load import tokenizer_folder
     from treadle.inference.request import Sampling
 
-    folder = Path(model) if Path(model).is_dir() else find_run(model, root)
+    folder = find_model(model, root)
     written = ChatTemplate(template.read_text()) if template is not None else None
     written = written or ChatTemplate.load(tokenizer_folder(folder))
     loaded, tokenizer = treadle.load(folder, device=device, imports=imports or [])

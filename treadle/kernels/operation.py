@@ -76,6 +76,7 @@ class Operation:
     checked, timed: such shapes, small and odd ones to check (in dtypes), those of training to time (in timed_dtypes).
     plain: what takes its place where it is not worthwhile, if that is less than the definition (which also returns
         what the backward wants to know).
+    unmeasured: bytes of a call from which on, where nothing was measured, a kernel of ours is taken.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Operation:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     timed_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     plain: Callable[..., Any] | None = None
+    unmeasured: float = UNMEASURED
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
@@ -179,7 +181,7 @@ def choose(operation: Operation, *args: Any) -> Choice:
     """Which implementation computes this call. Raises ConfigError where a named one cannot."""
     # Of numbers nothing hangs on floats, such as a learning rate, of which there is another one at each step.
     kinds = ((a.shape, a.dtype, a.device.type) if isinstance(a, Tensor) else a for a in args if type(a) is not float)
-    key = (operation.name, *kinds)
+    key = (operation.name, torch.is_inference_mode_enabled(), *kinds)
     if key not in _chosen:
         _chosen[key] = _choose(operation, *args)
     return _chosen[key]
@@ -204,7 +206,9 @@ def _choose(operation: Operation, *args: Any) -> Choice:
     able = [name for name in BACKENDS if operation.unusable(name, *args) is None]
     row = tables.nearest_row(operation.name, args[0])
     if row is None:
-        large = operation.floor(*args).bytes >= UNMEASURED
+        if torch.is_inference_mode_enabled():
+            return Choice(able[0] if able else TORCH, "nothing was measured, and inference is short of launches")
+        large = operation.floor(*args).bytes >= operation.unmeasured
         reason = f"nothing was measured, and the call is {'large' if large else 'small'}"
         return Choice(able[0] if able and large else TORCH, reason)
     fastest = min((name for name in row.microseconds if name in (TORCH, *able)), key=row.microseconds.__getitem__)

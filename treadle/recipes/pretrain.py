@@ -23,7 +23,7 @@ from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics, load_samples
 from treadle.tracking.run import Run
 from treadle.train.callbacks import Callback, Every
-from treadle.train.losses import cross_entropy
+from treadle.train.losses import training_loss
 from treadle.train.session import Session, SessionConfig, open_processes, open_session
 from treadle.train.setup import with_vocabulary
 
@@ -62,7 +62,7 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
             if mesh.leads:
                 data.tokenizer.save(session.run.folder / TOKENIZER)
             session.announce(f"{sum(dataset.tokens for dataset in data.train):,} training tokens")
-            loss = partial(cross_entropy, z_loss=config.training.z_loss, attention=config.training.attention)
+            loss = training_loss(config.training)
             around = evaluations(config, session, data)
             if session.train(loss, around, length=attended_length(config, data)):
                 finish(config, session, data)

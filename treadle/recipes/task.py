@@ -16,7 +16,7 @@ from treadle.memory.tracker import TrackMemory, setting_of_run
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics
 from treadle.train.callbacks import Every
-from treadle.train.losses import cross_entropy
+from treadle.train.losses import training_loss
 from treadle.train.session import Session, SessionConfig, open_processes, open_session
 from treadle.train.setup import with_vocabulary
 
@@ -54,7 +54,7 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
         spec = with_vocabulary(config.model, config.task.vocab_size)
         with open_session(config, spec, batches, sinks, mesh=mesh, resume=resume, console=console) as session:
             session.announce(f"task {config.task.kind}")  # type: ignore[attr-defined]
-            loss = partial(cross_entropy, z_loss=training.z_loss, attention=training.attention)
+            loss = training_loss(training)
             score = Every(config.evaluate.every, partial(log_accuracy, config, session))
             around = [TrackMemory(session.run, partial(setting_of_run, config, session.model, session.mesh)), score]
             if session.train(loss, around, length=training.sequence_length):

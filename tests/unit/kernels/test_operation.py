@@ -127,6 +127,16 @@ def test_unmeasured_calls_go_by_their_size(
     assert kernels.choose(toy, x, 3.0).backend == chosen
 
 
+def test_operations_may_have_a_size_of_their_own(
+    toy: kernels.Operation, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(tables, "load", lambda architecture: ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(vars(toy), "unmeasured", 0)
+    assert kernels.choose(toy, torch.empty(1, 64).as_subclass(OnGPU), 3.0).backend == "triton"
+
+
 def test_shipped_table() -> None:
     """Every row is of an operation that exists, and no time is below what the hardware allows."""
     shipped = tables.read(tables.SHIPPED / "sm_90.json")
