@@ -12,6 +12,7 @@ The update of types 1 to 4 has rank n, that of type 6 any.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +63,9 @@ def _grouped(features: int, size: int) -> tuple[int, int]:
 
 def _rotated(blocks: Tensor) -> Tensor:
     count, size = blocks.shape[-2:]
-    frequencies = 10000 ** (-torch.arange(0, size, 2, device=blocks.device, dtype=torch.float32) / size)
-    angles = torch.outer(torch.arange(count, device=blocks.device, dtype=torch.float32), frequencies).repeat(1, 2)
+    options: Any = {"device": blocks.device, "dtype": torch.promote_types(blocks.dtype, torch.float32)}
+    frequencies = 10000 ** (-torch.arange(0, size, 2, **options) / size)
+    angles = torch.outer(torch.arange(count, **options), frequencies).repeat(1, 2)
     half = torch.cat((-blocks[..., size // 2 :], blocks[..., : size // 2]), dim=-1)
     return blocks * angles.cos().to(blocks.dtype) + half * angles.sin().to(blocks.dtype)
 
