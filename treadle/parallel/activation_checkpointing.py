@@ -92,7 +92,7 @@ SAC_IGNORED_OPS |= {
 }
 
 
-def apply_activation_checkpointing(layers: nn.ModuleDict, config: CheckpointingConfig) -> None:
+def apply_activation_checkpointing(layers: nn.ModuleDict, config: CheckpointingConfig, *, random: bool = False) -> None:
     """Make layers recompute in the backward what is not kept. Wraps `forward` in place; parameter names stay.
 
     Layers are told apart by their names, their numbers in the whole stack: the same ones in each layout. A budget is
@@ -100,8 +100,8 @@ def apply_activation_checkpointing(layers: nn.ModuleDict, config: CheckpointingC
     """
     if not isinstance(config, SelectiveConfig | FullConfig):
         return
-    # Dropout does not exist here, so no random state needs to be replayed.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # Only what fine-tuning adds may have dropout; elsewhere no random state needs to be replayed.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if isinstance(config, SelectiveConfig):  # one object for all layers, which share what is compiled
         options["context_fn"] = partial(_selective_contexts, config.matmuls)
     for name, layer in layers.items():

@@ -16,10 +16,9 @@ from treadle.data.loader import Loader, Sequential
 from treadle.data.ngram import ngram_bits_per_byte
 from treadle.data.prepare import Prepared, prepare
 from treadle.evaluate.perplexity import EvaluateConfig, evaluate_perplexity
-from treadle.inference.load import FINAL, TOKENIZER
+from treadle.inference.load import TOKENIZER
 from treadle.inference.text import SampleConfig
 from treadle.memory.tracker import TrackMemory, setting_of_run
-from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics, load_samples
 from treadle.tracking.run import Run
@@ -120,7 +119,7 @@ def evaluation_kind(data: Prepared, name: str) -> str:
 def finish(config: RecipeConfig, session: Session, data: Prepared) -> None:
     """Keep the final weights by themselves, and show what came out."""
     run, console = session.run, session.console
-    folder = save_whole(session.model, run.folder / FINAL, session.mesh)
+    folder = session.save_final()
     if not session.mesh.leads:
         return
     data.tokenizer.save(folder / TOKENIZER)

@@ -11,10 +11,8 @@ from treadle.config import key_error, key_errors
 from treadle.data.tasks import TaskBatches, TaskConfig
 from treadle.errors import ConfigError
 from treadle.evaluate.accuracy import AccuracyConfig, evaluate_accuracy, shared_out
-from treadle.inference.load import FINAL
 from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.memory.tracker import TrackMemory, setting_of_run
-from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics
 from treadle.train.callbacks import Every
@@ -98,7 +96,7 @@ def evaluation_kind(config: RecipeConfig, part: str) -> str:
 def finish(config: RecipeConfig, session: Session) -> None:
     """Keep the final weights by themselves, and say what came out."""
     run = session.run
-    folder = save_whole(session.model, run.folder / FINAL, session.mesh)
+    folder = session.save_final()
     if not session.mesh.leads:
         return
     plot = plot_training(run.folder, run.folder / "training.png")
