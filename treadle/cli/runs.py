@@ -191,10 +191,11 @@ def index(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Bring the index up to date. `list` does so by itself; the index is a cache and may be deleted."""
-    from treadle.tracking.index import Index
+    from treadle.tracking.index import INDEX_FILE, records
 
-    count = Index(root).rebuild() if rebuild else len(Index(root).records())
-    typer.echo(f"{count} runs in {root}")
+    if rebuild:
+        (root / INDEX_FILE).unlink(missing_ok=True)
+    typer.echo(f"{len(records(root))} runs in {root}")
 
 
 def _print_status(console: "Console", run: "RunRecord") -> None:
