@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from treadle.cli._options import RUNS, Device, Imports, Model, Root, Template, chat_template, dtype_named
 from treadle.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A run (folder, id, prefix, 'latest') or a model folder.")] = "latest",
+    model: Model = "latest",
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the engine: slots=512 policy=latency")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -21,16 +22,12 @@ def serve(
     key: Annotated[
         str | None, typer.Option("--api-key", envvar="TREADLE_API_KEY", help="Clients have to send it.")
     ] = None,
-    template: Annotated[
-        Path | None, typer.Option("--chat-template", help="A Jinja file. Default: the tokenizer's own.")
-    ] = None,
+    template: Template = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests at the same time; more are answered 429.")] = 4096,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto: bf16 on a GPU, else fp32.")] = "auto",
-    imports: Annotated[
-        list[str] | None, typer.Option("--import", help="Python file or module with blocks or families of your own.")
-    ] = None,
-    root: Annotated[Path, typer.Option(help="Where runs are looked for.")] = Path("runs"),
+    imports: Imports = None,
+    root: Root = RUNS,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API: completions, chats, models.
 
@@ -48,19 +45,18 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"treadle serve needs {error.name}; install it: pip install 'treadle[serve]'") from None
-    from treadle.api import find_run
+    from treadle.api import find_folder
     from treadle.config import resolve
-    from treadle.data.chat import ChatTemplate
     from treadle.data.tokenizer import Tokenizer
     from treadle.inference.engine import EngineConfig
     from treadle.inference.load import tokenizer_folder
     from treadle.inference.process import EngineProcess
 
-    folder = Path(model) if Path(model).is_dir() else find_run(model, root)
+    folder = find_folder(model, root)
     config = resolve(EngineConfig, {}, overrides or [])
     place = tokenizer_folder(folder)
     tokenizer = Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None
-    chat = ChatTemplate(template.read_text()) if template is not None else ChatTemplate.load(place)
+    chat = chat_template(template, folder)
     engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or [])))
     try:
         _listen(engine, name or folder.resolve().name, tokenizer, chat, (host, port), key, waiting)
@@ -72,16 +68,8 @@ def make_engine(folder: Path, config: Any, device: str, dtype: str, imports: lis
     """The engine of a model folder; in its own process."""
     import treadle
     from treadle.inference.engine import Engine
-    from treadle.train.setup import DTYPES
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: '{dtype}' is unknown; try auto, {', '.join(DTYPES)}")
-    loaded, tokenizer = treadle.load(
-        folder,
-        device=device,
-        dtype=None if dtype == "auto" else DTYPES[dtype],  # type: ignore[index]
-        imports=imports,
-    )
+    loaded, tokenizer = treadle.load(folder, device=device, dtype=dtype_named(dtype), imports=imports)
     return Engine(loaded, config, eos=None if tokenizer is None else tokenizer.eos_id)
 
 
