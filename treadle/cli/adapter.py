@@ -21,9 +21,10 @@ def merge(
     root: Root = Path("runs"),
 ) -> None:
     """Write the model with what was learned in its weights, as a model folder."""
+    from treadle import api
     from treadle.train.adapters import merge_adapter
 
-    merge_adapter(_folder(source, root), target, base=base)
+    merge_adapter(api.find_model(source, root), target, base=base)
     typer.echo(f"{target}: to Hugging Face's format with treadle convert hf-export {target} FOLDER")
 
 
@@ -36,10 +37,11 @@ def export(
     root: Root = Path("runs"),
 ) -> None:
     """Write LoRA, DoRA or IA3 in PEFT's file format."""
+    from treadle import api
     from treadle.finetune.peft import save_peft
     from treadle.train.adapters import load_adapter, load_base, read_facts
 
-    folder = _folder(source, root)
+    folder = api.find_model(source, root)
     where = base or read_facts(folder).base
     save_peft(load_adapter(load_base(where), folder), target, family=family, base=str(where))
     typer.echo(f"{target}: adapter of {where}")
@@ -61,9 +63,3 @@ def import_(
     config = load_peft(model, source, family=family)
     facts = AdapterFacts(base=base.absolute(), fingerprint=fingerprint(base), finetune=config)
     typer.echo(f"{save_adapter(model, target, facts)}: {config.method} of {base}")
-
-
-def _folder(source: str, root: Path) -> Path:
-    from treadle import api
-
-    return Path(source) if Path(source).is_dir() else api.find_run(source, root)

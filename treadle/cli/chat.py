@@ -1,29 +1,25 @@
 """`treadle chat`: a conversation with a model, in the terminal."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from treadle.cli._options import RUNS, Device, Imports, Model, Root, Temperature, Template, chat_template
 from treadle.errors import DataError
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A run (folder, id, prefix, 'latest') or a model folder.")] = "latest",
+    model: Model = "latest",
     system: Annotated[str, typer.Option("--system", help="What the model is told before the conversation.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0, help="0 is greedy.")] = 0.7,
+    temperature: Temperature = 0.7,
     top_p: Annotated[
         float, typer.Option(min=0.01, max=1, help="Keep the likeliest tokens of this probability.")
     ] = 0.95,
-    template: Annotated[
-        Path | None, typer.Option("--chat-template", help="A Jinja file. Default: the tokenizer's own.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    imports: Annotated[
-        list[str] | None, typer.Option("--import", help="Python file or module with blocks or families of your own.")
-    ] = None,
-    root: Annotated[Path, typer.Option(help="Where runs are looked for.")] = Path("runs"),
+    template: Template = None,
+    device: Device = "auto",
+    imports: Imports = None,
+    root: Root = RUNS,
 ) -> None:
     """Talk with a model that was trained on conversations. An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
 
@@ -31,14 +27,11 @@ def chat(
     """
     import treadle
     from treadle.api import find_model
-    from treadle.data.chat import ChatTemplate
     from treadle.inference.engine import Engine, EngineConfig
-    from treadle.inference.load import tokenizer_folder
     from treadle.inference.request import Sampling
 
     folder = find_model(model, root)
-    written = ChatTemplate(template.read_text()) if template is not None else None
-    written = written or ChatTemplate.load(tokenizer_folder(folder))
+    written = chat_template(template, folder)
     loaded, tokenizer = treadle.load(folder, device=device, imports=imports or [])
     if tokenizer is None or written is None:
         raise DataError(f"{folder}: its tokenizer has no chat template; give one with --chat-template FILE")

@@ -74,7 +74,7 @@ def diff(
         typer.echo("no difference")
         return
     right = " ".join([str(b or a), *(override or [])])
-    print_table(("key", str(a), right), [(key, _show(x), _show(y)) for key, x, y in rows])
+    print_table(("key", str(a), right), [(key, show_value(x), show_value(y)) for key, x, y in rows])
 
 
 def _load(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def _plain(key: str) -> str:
     return re.sub(r"\([^)]*\)|\[\d*\]|\{\}|\.\d+|\.\*", "", key)
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A value of a difference, as a reader of YAML knows it."""
     return repr(value) if value is ABSENT else quote(value)
 
 

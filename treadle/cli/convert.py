@@ -2,22 +2,22 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import track
 
-from treadle.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    import torch
+from treadle.cli._options import RUNS, Imports, Root, dtype_named
+from treadle.config import yaml_io
+from treadle.config.load import import_all
+from treadle.config.schema import plain
+from treadle.errors import CheckpointError
 
 app = typer.Typer(no_args_is_help=True, help="Exchange checkpoints with Hugging Face.")
 
 Folder = Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.", show_default=False)]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. Default: as they are.")]
-Imports = Annotated[
-    list[str] | None, typer.Option("--import", help="Python file or module with families or blocks of your own.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 
 
@@ -39,7 +39,11 @@ def hf_import(
     from treadle.nn.store import build_meta
 
     _prepare(imports, source, target, checkpoint.CONFIG_FILE, overwrite)
-    options: dict[str, Any] = {"dtype": _dtype(dtype), "imports": imports or [], "progress": _progress("importing")}
+    options: dict[str, Any] = {
+        "dtype": dtype_named(dtype),
+        "imports": imports or [],
+        "progress": _progress("importing"),
+    }
     spec = checkpoint.convert(source, target, **options)
     typer.echo(f"{target}: {parameter_count(build_meta(spec)):,} parameters")
     tokenizer = target / "tokenizer"
@@ -57,7 +61,7 @@ def hf_export(
     dtype: Dtype = None,
     imports: Imports = None,
     overwrite: Overwrite = False,
-    root: Annotated[Path, typer.Option("--root", help="Folder that holds the runs.")] = Path("runs"),
+    root: Root = RUNS,
 ) -> None:
     """Write a model as a Hugging Face checkpoint with its tokenizer."""
     from treadle import api
@@ -68,7 +72,7 @@ def hf_export(
     folder = api.find_model(source, root)
     _prepare(imports, folder, target, SPEC_FILE, overwrite)
     tokenizer = tokenizer_folder(folder)
-    options: dict[str, Any] = {"family": family, "dtype": _dtype(dtype), "progress": _progress("exporting")}
+    options: dict[str, Any] = {"family": family, "dtype": dtype_named(dtype), "progress": _progress("exporting")}
     options["tokenizer"] = tokenizer if tokenizer.is_dir() else None
     import_blocks(folder)
     if (whole := model_folder(folder)) is not None:
@@ -86,14 +90,10 @@ def hf_export(
 @app.command()
 def inspect(source: Folder, imports: Imports = None) -> None:
     """Print the spec of a Hugging Face checkpoint and where its tensors go, without loading it."""
-    from rich.console import Console
-
-    from treadle.config import yaml_io
-    from treadle.config.schema import plain
     from treadle.families import checkpoint
     from treadle.nn.flops import active_parameter_count, parameter_count
 
-    _import(imports)
+    import_all(imports or [], "--import")
     family, spec, model, reader, parts = checkpoint.open_published(source)
     console = Console(highlight=False, soft_wrap=True)
     total, active = parameter_count(model), active_parameter_count(model)
@@ -106,7 +106,7 @@ def inspect(source: Folder, imports: Imports = None) -> None:
 
 def _prepare(imports: list[str] | None, source: Path, target: Path, foreign: str, overwrite: bool) -> None:
     """foreign: the file of the other kind of checkpoint, which is never to be written over."""
-    _import(imports)
+    import_all(imports or [], "--import")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file; choose another folder")
     if target.resolve() == source.resolve() or (target / foreign).is_file():
@@ -117,29 +117,7 @@ def _prepare(imports: list[str] | None, source: Path, target: Path, foreign: str
         raise CheckpointError(f"{target}: is not empty; choose another folder, or pass --overwrite")
 
 
-def _import(imports: list[str] | None) -> None:
-    from treadle.config.load import import_all
-
-    import_all(imports or [], "--import")
-
-
-def _dtype(name: str | None) -> "torch.dtype | None":
-    if name is None:
-        return None
-    from treadle.train.setup import DTYPES
-
-    dtypes: dict[str, torch.dtype] = {}
-    for key, dtype in DTYPES.items():
-        dtypes |= {str(key): dtype, str(dtype).removeprefix("torch."): dtype}
-    if name not in dtypes:
-        raise ConfigError(f"--dtype: '{name}'; expected {', '.join(dtypes)}")
-    return dtypes[name]
-
-
 def _progress(what: str) -> Any:
-    from rich.console import Console
-    from rich.progress import track
-
     console = Console(stderr=True)
 
     def tracked(items: Iterable[Any], total: int) -> Iterable[Any]:

@@ -1,15 +1,20 @@
 """`treadle data`: text to tokens, and what is in them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from treadle.config import resolve
+from treadle.errors import ConfigError
 
 if TYPE_CHECKING:
     from treadle.data.config import DataConfig
     from treadle.data.shards import ShardDataset
-    from treadle.data.sources import SourceConfig
-    from treadle.data.tokenizer import TokenizerConfig
 
 app = typer.Typer(no_args_is_help=True, help="Turn text into tokens; look at tokens and check them.")
 
@@ -49,7 +54,8 @@ def prepare(
     if inputs[0].endswith((".yaml", ".yml")):
         config = recipe_data(inputs[0], inputs[1:])
     else:
-        config = data_config(inputs, field, separator, tokenizer, vocab_size, held_out, workers, cache)
+        source, chosen = source_keys(inputs, field, separator), tokenizer_keys(tokenizer, vocab_size)
+        config = data_config(source, chosen, held_out=held_out, workers=workers, cache=str(cache))
     for folder in prepare_data(config).folders:
         inspect(folder, documents=0)
 
@@ -60,11 +66,6 @@ def inspect(
     documents: Annotated[int, typer.Option("--documents", "-n", min=0, help="How many documents to show.")] = 2,
 ) -> None:
     """Show what a folder of tokens holds, and the beginning of its first documents."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console()
     columns = ("split", "documents", "tokens", "bytes", "bytes/token", "shards", "dtype")
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -88,8 +89,6 @@ def inspect(
 @app.command()
 def verify(folder: Folder) -> None:
     """Read every token: compare the files with their checksums, and the ids with the vocabulary."""
-    from rich.console import Console
-
     console = Console()
     for name, dataset in opened(folder).items():
         with console.status(f"{name}: {dataset.tokens:,} tokens"):
@@ -101,7 +100,6 @@ def recipe_data(path: str, overrides: list[str]) -> "DataConfig":
     """The `data` section of a recipe."""
     from treadle import recipes
     from treadle.data.config import DataConfig
-    from treadle.errors import ConfigError
 
     data = getattr(recipes.load(path, overrides), "data", None)
     if not isinstance(data, DataConfig):
@@ -109,59 +107,35 @@ def recipe_data(path: str, overrides: list[str]) -> "DataConfig":
     return data
 
 
-def data_config(
-    inputs: list[str],
-    field: str,
-    separator: str | None,
-    tokenizer: str,
-    vocab_size: int,
-    held_out: float,
-    workers: int | None,
-    cache: Path,
-) -> "DataConfig":
-    """The configuration that the options of `prepare` stand for."""
-    from treadle.config import resolve
+def data_config(source: dict[str, Any], tokenizer: dict[str, Any], **keys: Any) -> "DataConfig":
+    """The section that the options of a command stand for. Raises ConfigError."""
     from treadle.data.config import DataConfig
 
-    chosen = tokenizer_config(tokenizer, vocab_size)
-    source = source_config(inputs, field, separator)
-    raw = {"held_out": held_out, "workers": workers, "cache": str(cache)}
-    return resolve(DataConfig, raw | {"sources": [source.model_dump()], "tokenizer": chosen.model_dump(mode="json")})
+    return resolve(DataConfig, {"sources": [source], "tokenizer": tokenizer, **keys})
 
 
-def tokenizer_config(name: str, vocab_size: int) -> "TokenizerConfig":
+def tokenizer_keys(name: str, vocab_size: int) -> dict[str, Any]:
     """'train', 'bytes', or a path."""
-    from treadle.data.tokenizer import BytesTokenizerConfig, FileTokenizerConfig, TrainTokenizerConfig
-    from treadle.errors import ConfigError
-
-    if name == "bytes":
-        return BytesTokenizerConfig()
-    if name != "train":
-        return FileTokenizerConfig(path=Path(name))
-    try:
-        return TrainTokenizerConfig(vocab_size=vocab_size)
-    except ValueError as error:
-        raise ConfigError(f"--vocab-size {vocab_size}: expected at least 257, one for each byte and the end") from error
+    known: dict[str, dict[str, Any]] = {
+        "train": {"kind": "train", "vocab_size": vocab_size},
+        "bytes": {"kind": "bytes"},
+    }
+    return known.get(name, {"kind": "file", "path": name})
 
 
-def source_config(inputs: list[str], field: str, separator: str | None) -> "SourceConfig":
+def source_keys(inputs: list[str], field: str, separator: str | None) -> dict[str, Any]:
     """The source that paths on the command line mean, by their ending. Raises ConfigError for a mixture of kinds."""
-    from treadle.data import sources
-    from treadle.errors import ConfigError
-
     if inputs == ["python_stdlib"]:
-        return sources.PythonStdlibConfig()
+        return {"kind": "python_stdlib"}
     endings = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
     kinds = {next((kind for kind, ends in endings.items() if path.endswith(ends)), "text") for path in inputs}
     if len(kinds) > 1:
         raise ConfigError(
             f"inputs are of several kinds ({', '.join(sorted(kinds))}); list them as `sources` in a recipe"
         )
-    if kinds == {"jsonl"}:
-        return sources.JsonlConfig(paths=inputs, field=field)
-    if kinds == {"parquet"}:
-        return sources.ParquetConfig(paths=inputs, column=field)
-    return sources.TextConfig(paths=inputs, separator=separator)
+    (kind,) = kinds
+    key, value = {"jsonl": ("field", field), "parquet": ("column", field), "text": ("separator", separator)}[kind]
+    return {"kind": kind, "paths": inputs, key: value}
 
 
 def opened(folder: Path) -> dict[str, "ShardDataset"]:

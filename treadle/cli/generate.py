@@ -1,27 +1,27 @@
 """`treadle generate`: text from a trained model."""
 
-from pathlib import Path
+import sys
 from typing import Annotated, Any
 
 import typer
 
+from treadle.cli._options import RUNS, Device, Imports, Model, Root, Temperature
+
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A run (folder, id, prefix, 'latest') or a model folder.")] = "latest",
+    model: Model = "latest",
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of each sample.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0, help="0 is greedy.")] = 0.8,
+    temperature: Temperature = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Keep the likeliest tokens of this probability.")
     ] = 0.95,
     samples: Annotated[int, typer.Option("--samples", min=1, help="How many continuations.")] = 1,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    imports: Annotated[
-        list[str] | None, typer.Option("--import", help="Python file or module with blocks or families of your own.")
-    ] = None,
-    root: Annotated[Path, typer.Option(help="Where runs are looked for.")] = Path("runs"),
+    device: Device = "auto",
+    imports: Imports = None,
+    root: Root = RUNS,
 ) -> None:
     """Sample text from a trained model, as it is made.
 
@@ -31,8 +31,6 @@ def generate(
 
         treadle generate runs/quickstart-20260101-120000 -n 64 --samples 4 -t 1.0
     """
-    import sys
-
     import treadle
 
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -3,6 +3,11 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
+from treadle.config.base import nearest
+from treadle.errors import ConfigError
 
 if TYPE_CHECKING:
     from treadle.kernels import Operation
@@ -15,9 +20,6 @@ Names = Annotated[list[str] | None, typer.Argument(metavar="[OPERATION]...", hel
 @app.command("list")
 def list_operations(names: Names = None) -> None:
     """Each operation, and of each backend whether it has an implementation that can be used here."""
-    from rich.console import Console
-    from rich.table import Table
-
     from treadle.kernels import BACKENDS
 
     table = Table("operation", *BACKENDS, box=None)
@@ -42,7 +44,6 @@ def check(
     """Compare implementations with their definition in float64. Exit code 1 if one is wrong."""
     import torch
 
-    from treadle.errors import ConfigError
     from treadle.kernels.measure import check
 
     torch.manual_seed(0)
@@ -72,7 +73,6 @@ def bench(
     """Time implementations on this GPU, beside their definition as it is and compiled, and what the hardware allows."""
     import torch
 
-    from treadle.errors import ConfigError
     from treadle.kernels import tables
     from treadle.kernels.measure import bench, machine, machine_rates, table
 
@@ -92,8 +92,6 @@ def bench(
 
 
 def _chosen(names: list[str] | None) -> "list[Operation]":
-    from treadle.config.base import nearest
-    from treadle.errors import ConfigError
     from treadle.kernels import OPERATIONS
 
     for name in names or ():

@@ -5,11 +5,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
 
+from treadle import config as configs
+from treadle import recipes
+from treadle.cli._options import Imports
+from treadle.cli.config import print_table, show_value
+from treadle.config.load import import_all
 from treadle.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
     from torch import nn
 
     from treadle.nn.transformer import Transformer, TransformerConfig
@@ -18,9 +25,6 @@ app = typer.Typer(no_args_is_help=True, help="Show what a model is made of and w
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as for the file they go with.")
-]
-Imports = Annotated[
-    list[str] | None, typer.Option("--import", help="Python file or module with blocks or families of your own.")
 ]
 Length = Annotated[int | None, typer.Option("--length", help="Sequence length for FLOPs. Default: max_length.")]
 
@@ -33,9 +37,6 @@ def show(
     imports: Imports = None,
 ) -> None:
     """Print the modules with shapes, roles, parameters and FLOPs per token; equal layers are shown once."""
-    from rich.console import Console
-
-    from treadle.config.load import import_all
     from treadle.nn import flops
 
     import_all(imports or [], "--import")
@@ -61,44 +62,31 @@ def diff(
     imports: Imports = None,
 ) -> None:
     """Show in which keys and in which costs two models differ."""
-    from treadle.cli.config import print_table
-    from treadle.config import diff as differences
-    from treadle.config.load import import_all
-    from treadle.config.words import quote
-
     import_all(imports or [], "--import")
     left, right = (_build(spec_of(path, [])) for path in (a, b))
     costs = [_costs(model, length or model.config.max_length) for model in (left, right)]
     rows = [(name, costs[0][name], costs[1][name]) for name in costs[0] if costs[0][name] != costs[1][name]]
-    keys = [(key, _quoted(x, quote), _quoted(y, quote)) for key, x, y in differences(left.config, right.config)]
+    keys = [(key, show_value(x), show_value(y)) for key, x, y in configs.diff(left.config, right.config)]
     if not keys:
         typer.echo("no difference")
         return
     print_table(("", str(a), str(b)), [*keys, *rows])
 
 
-def _quoted(value: Any, quote: Any) -> str:
-    from treadle.config.show import ABSENT
-
-    return repr(value) if value is ABSENT else str(quote(value))
-
-
 def spec_of(path: Path, overrides: list[str]) -> "TransformerConfig":
     """The model section of a recipe, a spec by itself, or the model of a run or Hugging Face folder."""
-    from treadle import recipes
-    from treadle.config import read_yaml, resolve, to_dict
     from treadle.families import checkpoint
     from treadle.nn.transformer import TransformerConfig
 
     if path.is_dir():
         inside = [path / name for name in ("model.yaml", "final/model.yaml", "config.yaml") if (path / name).is_file()]
         if not inside and checkpoint.is_published(path):
-            return resolve(TransformerConfig, to_dict(checkpoint.read_spec(path)[1]), overrides)
+            return configs.resolve(TransformerConfig, configs.to_dict(checkpoint.read_spec(path)[1]), overrides)
         if not inside:
             raise ConfigError(f"{path}: holds no model.yaml, final/model.yaml, config.yaml or config.json")
         path = inside[0]
-    if "model" not in read_yaml(path):
-        return resolve(TransformerConfig, path, overrides)
+    if "model" not in configs.read_yaml(path):
+        return configs.resolve(TransformerConfig, path, overrides)
     return model_of(recipes.load(path, overrides))
 
 
@@ -132,10 +120,7 @@ def _costs(model: "nn.Module", length: int) -> dict[str, str]:
     }
 
 
-def _tree(model: "Transformer", length: int) -> "Tree":
-    from rich.text import Text
-    from rich.tree import Tree
-
+def _tree(model: "Transformer", length: int) -> Tree:
     from treadle.nn.roles import parameter_roles
 
     roles: dict[str, str] = dict(parameter_roles(model))
@@ -163,10 +148,8 @@ def _folded(config: "TransformerConfig") -> Iterator[tuple[str, int]]:
         left = [index for index in left if index not in same]
 
 
-def _add(tree: "Tree", label: str, path: str, module: "nn.Module", roles: dict[str, str], length: int) -> None:
+def _add(tree: Tree, label: str, path: str, module: "nn.Module", roles: dict[str, str], length: int) -> None:
     """A module with what it costs; below it its children, or beside it the shapes of its own parameters."""
-    from rich.text import Text
-
     own = [(name, parameter) for name, parameter in module.named_parameters(recurse=False)]
     text = Text.assemble((label, "bold"), "  ", (type(module).__name__, "cyan"))
     for name, parameter in own:

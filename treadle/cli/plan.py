@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
+from treadle import recipes
 from treadle.cli.config import complete_overrides
+from treadle.cli.model import model_of
+from treadle.config import read_yaml, resolve, yaml_io
+from treadle.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from treadle.memory.plan import Plan
     from treadle.memory.search import Found
 
@@ -61,8 +65,6 @@ def plan(
 
         treadle plan --calibrate
     """
-    from rich.console import Console
-
     from treadle.memory import advice
     from treadle.memory.predict import plan_of, setting_of
 
@@ -146,9 +148,6 @@ def _serve(path: Path, overrides: list[str], device: str, length: int | None, as
 
 def _load(path: Path, overrides: list[str], preset: str | None, gpus: int, device: str) -> Any:
     """A recipe with its vocabulary, for this device; of a model spec one that trains it at its full length."""
-    from treadle import recipes
-    from treadle.cli.model import model_of
-    from treadle.config import read_yaml, resolve
     from treadle.memory.predict import Planned
 
     raw = read_yaml(path)
@@ -171,9 +170,7 @@ def _dry(plan: "Plan", config: Any, gpus: int) -> "Plan":
     return replace(plan, footprints=tuple(replace(rank.footprint, overhead=closed.overhead) for rank, closed in ranks))
 
 
-def _print(plan: "Plan", device: Any, cheapest: list["Found"], console: Any) -> None:
-    from rich.table import Table
-
+def _print(plan: "Plan", device: Any, cheapest: list["Found"], console: Console) -> None:
     from treadle.memory.plan import GIB
 
     names = [name for name, _ in plan.footprints[0] if any(dict(each)[name] for each in plan.footprints)]
@@ -208,9 +205,8 @@ def _print(plan: "Plan", device: Any, cheapest: list["Found"], console: Any) -> 
         console.print("Neither one change nor two would make it fit; try --search, or more devices.", highlight=False)
 
 
-def _search(config: Any, gpus: int, device: str, write: Path | None, as_json: bool, console: Any) -> None:
-    from treadle.config import yaml_io
-    from treadle.errors import ConfigError
+def _search(config: Any, gpus: int, device: str, write: Path | None, as_json: bool, console: Console) -> None:
+    from treadle.memory.plan import GIB
     from treadle.memory.predict import open_setting
     from treadle.memory.search import search as searched
 
@@ -224,21 +220,11 @@ def _search(config: Any, gpus: int, device: str, write: Path | None, as_json: bo
     if as_json:
         typer.echo(json.dumps([{"changes": each.changes, **each.plan.to_dict()} for each in found], indent=2))
     else:
-        console.print(_ranking(found))
+        table = Table("tokens/s", "MFU", "GiB", "changes")
+        for each in found:
+            numbers = f"{each.plan.tokens_per_second:,.0f}", f"{each.plan.mfu:.1%}", f"{each.plan.peak / GIB:.1f}"
+            table.add_row(*numbers, " ".join(each.overrides()))
+        console.print(table)
         console.print("the first of them:", *found[0].overrides(), highlight=False, soft_wrap=True)
     if write is not None:
         write.write_text(yaml_io.dump(found[0].changes))
-
-
-def _ranking(found: list["Found"]) -> "Table":
-    from rich.table import Table
-
-    from treadle.memory.plan import GIB
-
-    table = Table("tokens/s", "MFU", "GiB", "changes")
-    for each in found:
-        plan = each.plan
-        table.add_row(
-            f"{plan.tokens_per_second:,.0f}", f"{plan.mfu:.1%}", f"{plan.peak / GIB:.1f}", " ".join(each.overrides())
-        )
-    return table

@@ -4,15 +4,21 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from treadle.tracking.query import RunRecord
+from treadle.errors import RunError
+from treadle.tracking import Runs, load_environment, load_metrics, load_samples
+from treadle.tracking.files import json_page
+from treadle.tracking.index import INDEX_FILE, records
+from treadle.tracking.query import FACTS, Condition, RunRecord
+from treadle.tracking.runs import LATEST
+from treadle.tracking.terminal import chart, sparkline
 
 app = typer.Typer(no_args_is_help=True, help="List, show, compare and plot runs.")
 
@@ -36,8 +42,6 @@ MISSING = "-"
 
 def complete_run(ctx: typer.Context, incomplete: str) -> list[str]:
     """Shell completion: the ids under --root, newest first, and `latest`."""
-    from treadle.tracking.runs import LATEST, Runs
-
     try:
         ids = [run.id for run in Runs(ctx.params.get("root") or "runs").list()]
     except Exception:  # whatever is wrong with the folder, a completion must not print into the user's line
@@ -76,10 +80,6 @@ def list_runs(
 
         treadle runs list --where optimizer.lr=3e-4 --limit 10
     """
-    from treadle.errors import RunError
-    from treadle.tracking.query import FACTS, Condition
-    from treadle.tracking.runs import Runs
-
     if state is not None and state not in STATE_STYLES:
         raise RunError(f"state '{state}': expected one of {', '.join(STATE_STYLES)}.")
     runs = Runs(root).list(state, name, where or (), sort, limit)
@@ -91,20 +91,16 @@ def list_runs(
     table = _table("run", "state", "step", "ran", "loss", "evaluate/loss", *extra)
     for run in runs:
         cells = (str(run.step), _duration(run.elapsed), *(_cell(run, key) for key in ("loss", "evaluate/loss", *extra)))
-        _add_row(table, run.id, run.state, *cells)
+        table.add_row(run.id, _state(run), *cells)
     console = _console()
     console.print(table)
     if not runs:
-        console.print(f"no such runs in {root}", highlight=False)
+        console.print(f"no such runs in {root}")
 
 
 @app.command()
 def show(run: RunName = "latest", root: Root = DEFAULT_ROOT, as_json: Json = False) -> None:
     """Show one run: state, configuration, latest metrics and their course, last sample, environment."""
-    from treadle.errors import RunError
-    from treadle.tracking import load_environment, load_samples
-    from treadle.tracking.runs import Runs
-
     record = Runs(root).find(run)
     samples = load_samples(record.folder)
     try:
@@ -121,19 +117,14 @@ def show(run: RunName = "latest", root: Root = DEFAULT_ROOT, as_json: Json = Fal
     _print_metrics(console, record)
     if samples:
         _heading(console, f"sample at step {samples[-1]['step']}")
-        console.print(f"{samples[-1]['prompt']}{samples[-1]['text']}", markup=False, highlight=False)
+        console.print(f"{samples[-1]['prompt']}{samples[-1]['text']}")
     if environment:
-        _heading(console, "environment")
-        for line in _environment_lines(environment):
-            console.print(line, markup=False, highlight=False)
+        _print_environment(console, environment)
 
 
 @app.command()
 def compare(runs: RunNames, root: Root = DEFAULT_ROOT, as_json: Json = False) -> None:
     """Compare runs: the configuration keys in which they differ, then their results."""
-    from treadle.errors import RunError
-    from treadle.tracking.runs import Runs
-
     found = [Runs(root).find(reference) for reference in runs]
     if len({run.folder.absolute() for run in found}) < 2:
         raise RunError(f"comparing needs two different runs, got {', '.join(run.id for run in found)}.")
@@ -149,14 +140,14 @@ def compare(runs: RunNames, root: Root = DEFAULT_ROOT, as_json: Json = False) ->
     console = _console()
     table = _table("config", *(run.id for run in found))
     for key in differing:
-        _add_row(table, key, *(_config_cell(run, key) for run in found))
+        table.add_row(key, *(_config_cell(run, key) for run in found))
     console.print(table if differing else "the configurations are equal")
     table = _table("result", *(run.id for run in found))
-    _add_row(table, "state", *(run.state for run in found))
-    _add_row(table, "step", *(str(run.step) for run in found))
-    _add_row(table, "ran", *(_duration(run.elapsed) for run in found))
+    table.add_row("state", *map(_state, found))
+    table.add_row("step", *(str(run.step) for run in found))
+    table.add_row("ran", *(_duration(run.elapsed) for run in found))
     for key in results:
-        _add_row(table, key, *(_cell(run, key) for run in found))
+        table.add_row(key, *(_cell(run, key) for run in found))
     console.print(table)
 
 
@@ -175,7 +166,6 @@ def plot(
 ) -> None:
     """Draw runs into one figure. One run without --metric gets the training plot: loss, learning rate, speed."""
     from treadle.tracking.plot import plot_runs, plot_training
-    from treadle.tracking.runs import Runs
 
     folders = [Runs(root).find(reference).folder for reference in runs]
     if len(folders) == 1 and metric is None and x == "step":
@@ -191,26 +181,22 @@ def index(
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """Bring the index up to date. `list` does so by itself; the index is a cache and may be deleted."""
-    from treadle.tracking.index import Index
+    if rebuild:
+        (root / INDEX_FILE).unlink(missing_ok=True)
+    typer.echo(f"{len(records(root))} runs in {root}")
 
-    count = Index(root).rebuild() if rebuild else len(Index(root).records())
-    typer.echo(f"{count} runs in {root}")
 
-
-def _print_status(console: "Console", run: "RunRecord") -> None:
-    from rich.text import Text
-
+def _print_status(console: Console, run: RunRecord) -> None:
     resumed = f", resumed {run.resumes}x" if run.resumes else ""
-    state = (run.state, STATE_STYLES.get(run.state, ""))
     progress = f"  step {run.step}, ran {_duration(run.elapsed)}{resumed}"
-    console.print(Text.assemble((run.id, "bold"), "  ", state, progress))
+    console.print(Text.assemble((run.id, "bold"), "  ", _state(run), progress))
     times = f"started {run.started[:19]}, last sign {run.updated[:19]} UTC"
     console.print(Text(f"{run.folder}  {times}", style="dim"))
     if run.error:
-        console.print(run.error, style="red", markup=False, highlight=False)
+        console.print(run.error, style="red")
 
 
-def _print_config(console: "Console", run: "RunRecord") -> None:
+def _print_config(console: Console, run: RunRecord) -> None:
     """A few keys in the order of the file; repeated layers are told by their first."""
     first = [key for key in run.config if run.config[key] is not None and not re.search(r"\[[1-9]", key)]
     chosen = {key: run.config[key] for key in first if key.rpartition(".")[2] in HIGHLIGHTS}
@@ -221,80 +207,67 @@ def _print_config(console: "Console", run: "RunRecord") -> None:
         )
 
 
-def _print_metrics(console: "Console", run: "RunRecord") -> None:
-    from treadle.tracking import load_metrics
-    from treadle.tracking.terminal import chart, sparkline
-
+def _print_metrics(console: Console, run: RunRecord) -> None:
     columns = load_metrics(run.folder, "train")
     losses = [value for value in columns.get("loss", []) if value is not None]
     if losses:
         _heading(console, f"loss, {_text(losses[0])} at step {columns['step'][0]} to {_text(losses[-1])}")
         for line in chart(losses):
-            console.print(line, style="blue", highlight=False)
+            console.print(line, style="blue")
     shown = [name for name in SPARKLINES if name in columns]
     names = [*(name for name in run.metrics if name not in (*shown, "loss")), *run.summary]
     width = max(map(len, [*shown, *names]), default=0)
     _heading(console, "metrics")
     for name in shown:
         curve = sparkline(columns[name], from_zero=name in FROM_ZERO)
-        console.print(f"{name:<{width}}  {_cell(run, name):>9}  {curve}", markup=False, highlight=False)
+        console.print(f"{name:<{width}}  {_cell(run, name):>9}  {curve}")
     for name in dict.fromkeys(names):
-        console.print(f"{name:<{width}}  {_cell(run, name):>9}", markup=False, highlight=False)
+        console.print(f"{name:<{width}}  {_cell(run, name):>9}")
 
 
-def _environment_lines(environment: dict[str, Any]) -> list[str]:
+def _print_environment(console: Console, environment: dict[str, Any]) -> None:
     git, cpu, gpus = environment.get("git"), environment.get("cpu") or {}, environment.get("gpus") or []
-    lines = [f"$ {environment.get('command', '')}"]
-    lines.append(", ".join(f"{name} {environment.get(name)}" for name in ("treadle", "torch", "python")))
+    _heading(console, "environment")
+    console.print(f"$ {environment.get('command', '')}")
+    console.print(", ".join(f"{name} {environment.get(name)}" for name in ("treadle", "torch", "python")))
     if git:
-        lines.append(f"git {git['revision'][:12]} on {git['branch']}{' with changes' if git['dirty'] else ''}")
-    lines.append(f"{cpu.get('model')}, {cpu.get('cores')} cores, {cpu.get('memory_gib')} GiB")
+        console.print(f"git {git['revision'][:12]} on {git['branch']}{' with changes' if git['dirty'] else ''}")
+    console.print(f"{cpu.get('model')}, {cpu.get('cores')} cores, {cpu.get('memory_gib')} GiB")
     if gpus:
-        lines.append(f"{len(gpus)} x {gpus[0]['name']}, {gpus[0]['memory_gib']} GiB, driver {gpus[0]['driver']}")
-    return lines
+        console.print(f"{len(gpus)} x {gpus[0]['name']}, {gpus[0]['memory_gib']} GiB, driver {gpus[0]['driver']}")
 
 
-def _console() -> "Console":
-    from rich.console import Console
+def _console() -> Console:
+    # What is printed is the user's: brackets in it are no markup. Into a pipe or a file nothing is cut: 80 columns
+    # would hide the ids that the next command needs.
+    return Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False, emoji=False)
 
-    # Into a pipe or a file nothing is cut: 80 columns would hide the ids that the next command needs.
-    return Console(width=None if sys.stdout.isatty() else 240)
 
-
-def _table(first: str, *rest: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(first: str, *rest: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column(Text(first), overflow="fold")
+    table.add_column(first, overflow="fold")
     for name in rest:
-        table.add_column(Text(name), justify="left" if name == "state" else "right", overflow="fold")
+        table.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
     return table
 
 
-def _add_row(table: "Table", *cells: str) -> None:
-    from rich.text import Text
-
-    # As Text, so that brackets in a value are not taken for markup.
-    table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in cells))
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n{text}", style="bold")
 
 
-def _heading(console: "Console", text: str) -> None:
-    console.print(f"\n{text}", style="bold", markup=False, highlight=False)
+def _state(run: RunRecord) -> Text:
+    return Text(run.state, style=STATE_STYLES.get(run.state, ""))
 
 
 def _print_json(value: Any) -> None:
-    from treadle.tracking.files import json_page
-
     typer.echo(json_page(json.loads(json.dumps(value, default=str))).decode(), nl=False)
 
 
-def _cell(run: "RunRecord", key: str) -> str:
+def _cell(run: RunRecord, key: str) -> str:
     return _text(run.value(key)) if run.has(key) else MISSING
 
 
-def _config_cell(run: "RunRecord", key: str) -> str:
+def _config_cell(run: RunRecord, key: str) -> str:
     # Written in full: two learning rates must not look equal because their first digits are.
     return json.dumps(run.config[key], default=str).strip('"') if key in run.config else MISSING
 

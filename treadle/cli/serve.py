@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from treadle.cli._options import RUNS, Device, Imports, Model, Root, Template, chat_template, dtype_named
 from treadle.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A run (folder, id, prefix, 'latest') or a model folder.")] = "latest",
+    model: Model = "latest",
     overrides: Annotated[list[str] | None, typer.Argument(help="Keys of the engine: slots=512 policy=latency")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -21,9 +22,7 @@ def serve(
     key: Annotated[
         str | None, typer.Option("--api-key", envvar="TREADLE_API_KEY", help="Clients have to send it.")
     ] = None,
-    template: Annotated[
-        Path | None, typer.Option("--chat-template", help="A Jinja file. Default: the tokenizer's own.")
-    ] = None,
+    template: Template = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests at the same time; more are answered 429.")] = 4096,
     draft: Annotated[
         str | None,
@@ -35,12 +34,10 @@ def serve(
     pooling: Annotated[
         str | None, typer.Option(help="Serve embeddings: the mean of the hidden states, or the last one (mean, last).")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto: bf16 on a GPU, else fp32.")] = "auto",
-    imports: Annotated[
-        list[str] | None, typer.Option("--import", help="Python file or module with blocks or families of your own.")
-    ] = None,
-    root: Annotated[Path, typer.Option(help="Where runs are looked for.")] = Path("runs"),
+    imports: Imports = None,
+    root: Root = RUNS,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API: completions, chats, models.
 
@@ -62,7 +59,6 @@ def serve(
         raise ConfigError(f"treadle serve needs {error.name}; install it: pip install 'treadle[serve]'") from None
     from treadle.api import find_model
     from treadle.config import resolve
-    from treadle.data.chat import ChatTemplate
     from treadle.data.tokenizer import Tokenizer
     from treadle.inference.engine import EngineConfig
     from treadle.inference.load import tokenizer_folder
@@ -76,7 +72,7 @@ def serve(
     config = resolve(EngineConfig, {}, overrides or [])
     place = tokenizer_folder(folder)
     tokenizer = Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None
-    chat = ChatTemplate(template.read_text()) if template is not None else ChatTemplate.load(place)
+    chat = chat_template(template, folder)
     guesses = None if draft is None else find_model(draft, root)
     engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or []), guesses, quantise))
     try:
@@ -98,12 +94,8 @@ def make_engine(
     from treadle.api import load
     from treadle.inference import quantised
     from treadle.inference.engine import Engine
-    from treadle.train.setup import DTYPES
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: '{dtype}' is unknown; try auto, {', '.join(DTYPES)}")
-    wanted = None if dtype == "auto" else DTYPES[dtype]  # type: ignore[index]
-    options: dict[str, Any] = {"device": device, "dtype": wanted, "imports": imports}
+    options: dict[str, Any] = {"device": device, "dtype": dtype_named(dtype), "imports": imports}
     loaded, tokenizer = load(folder, **options)
     if quantise is not None:
         quantised.quantise(loaded)

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from treadle.cli.data import Field, Separator, source_config, tokenizer_config
+from treadle.cli.data import Field, Separator, data_config, source_keys, tokenizer_keys
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from treadle.data.tokenizer import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="Learn a tokenizer, and see how it cuts text.")
@@ -32,15 +32,13 @@ def train(
 
         treadle tokenizer train python_stdlib --vocab-size 4096 --output tokenizer
     """
-    from rich.console import Console
-
     from treadle.data.prepare import training_text
 
     console = Console()
-    config = tokenizer_config("train", vocab_size)
-    text = training_text([source_config(inputs, field, separator)], 0, max_bytes)
+    config = data_config(source_keys(inputs, field, separator), tokenizer_keys("train", vocab_size))
+    assert config.tokenizer is not None
     with console.status(f"learning {vocab_size:,} tokens"):
-        tokenizer = config.build(text)
+        tokenizer = config.tokenizer.build(training_text(config.sources, 0, max_bytes))
     tokenizer.save(output)
     console.print(
         f"{output}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:16]}", highlight=False
@@ -53,8 +51,6 @@ def inspect(
     text: Annotated[str | None, typer.Argument(help="What to cut. Default: a line of code and some Unicode.")] = None,
 ) -> None:
     """Show a tokenizer's size, how it cuts a text, and how many bytes a token stands for there."""
-    from rich.console import Console
-
     from treadle.data.tokenizer import Tokenizer
 
     console = Console(highlight=False)
@@ -69,10 +65,8 @@ def inspect(
     console.print(pieces(loaded, ids))
 
 
-def pieces(tokenizer: "Tokenizer", ids: list[int]) -> "Text":
+def pieces(tokenizer: "Tokenizer", ids: list[int]) -> Text:
     """The tokens side by side, in two colours; bytes that are no whole character show as \\x.."""
-    from rich.text import Text
-
     shown = Text()
     for number, token in enumerate(ids):
         raw = tokenizer.token(token)

@@ -6,7 +6,7 @@ schema tells what is there.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from treadle.config.base import Config
 from treadle.config.words import quote
 from treadle.errors import ConfigError
 
+Names = tuple[str, ...]  # of one step on the way: a key, or a list index as it is counted from either end
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -26,14 +28,6 @@ class Assignment:
     text: str
     path: tuple[str, ...]
     value: Any
-
-    @property
-    def is_glob(self) -> bool:
-        return "*" in self.path or "**" in self.path
-
-    @property
-    def is_deep(self) -> bool:
-        return "**" in self.path
 
 
 def parse(text: str) -> Assignment:
@@ -50,61 +44,44 @@ def parse(text: str) -> Assignment:
     return Assignment(text, path, read)
 
 
-def apply(raw: Mapping[str, Any], schema: type[Config], assignment: Assignment) -> dict[str, Any]:
+def apply(raw: dict[str, Any], schema: type[Config], assignment: Assignment) -> dict[str, Any]:
     """A copy of the raw recipe with one override applied. ConfigError if it matches nothing or leads nowhere."""
-    changed, count = _assign(raw, schema, assignment.path, assignment, ())
-    if count == 0:
+    places = [assignment.path]
+    if "*" in assignment.path or "**" in assignment.path:
+        places = [tuple(names[0] for names in place) for place in _walk(raw, schema) if _fits(place, assignment.path)]
+    if not places:
         close = _closest(raw, schema, assignment)
         raise ConfigError(f"override '{assignment.text}': matches nothing.{f' Nearest: {close}' if close else ''}")
-    return changed
+    for place in places:
+        raw = _set(raw, schema, place, assignment, ())
+    return raw
 
 
-def _assign(
-    node: Any, annotation: Any, path: tuple[str, ...], assignment: Assignment, done: tuple[str, ...]
-) -> tuple[Any, int]:
-    """`node` with the value set at every match of `path` below it, and the number of matches."""
+def _fits(place: Sequence[Names], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not place
+    head, rest = pattern[0], pattern[1:]
+    if head == "**":
+        return any(_fits(place[skipped:], rest) for skipped in range(len(place)))
+    return bool(place) and (head == "*" or head in place[0]) and _fits(place[1:], rest)
+
+
+def _set(node: Any, annotation: Any, path: Sequence[str], assignment: Assignment, done: tuple[str, ...]) -> Any:
+    """`node` with the value at `path` below it. What changes is copied."""
     head, *rest = path
     node = _expand_shorthand(node, annotation)
     if not isinstance(node, Mapping | list):
-        if assignment.is_glob:
-            return node, 0
         raise ConfigError(f"override '{assignment.text}': {'.'.join(done)} is {quote(node)} and has no '{head}' inside")
-    if head == "**":
-        node, count = _assign(node, annotation, tuple(rest), assignment, done)
-        for key in _keys(node, annotation):
-            node, found = _descend(node, annotation, key, path, assignment, done)
-            count += found
-        return node, count
-    if head == "*":
-        count = 0
-        for key in _keys(node, annotation):
-            node, found = _descend(node, annotation, key, tuple(rest), assignment, done)
-            count += found
-        return node, count
-    step = _index(node, head, assignment, done) if isinstance(node, list) else head
-    if step is None or (assignment.is_glob and not _may_hold(node, annotation, step, assignment)):
-        return node, 0
-    return _descend(node, annotation, step, tuple(rest), assignment, done)
-
-
-def _descend(
-    node: Any, annotation: Any, key: str | int, rest: tuple[str, ...], assignment: Assignment, done: tuple[str, ...]
-) -> tuple[Any, int]:
-    """Assign below `node[key]`, or to it if nothing of the path is left. `node` is copied if anything changes."""
-    if not rest:
-        return _with(node, key, assignment.value), 1
-    value = _peek(node, annotation, key)
-    below = schemas.child(annotation, node, key)
-    if value is None and not assignment.is_glob:
-        # A section that is off (null) starts from its default again; one that nobody has written yet starts empty,
-        # and validation tells whether it may be there.
-        rest_of_node = {name: item for name, item in node.items() if name != key} if isinstance(node, Mapping) else {}
-        value = _peek(rest_of_node, annotation, key) or {}
-    changed, count = _assign(value, below, rest, assignment, (*done, str(key)))
-    return (_with(node, key, changed), count) if count else (node, 0)
-
-
-def _with(node: Any, key: str | int, value: Any) -> Any:
+    key = _index(node, head, assignment, done) if isinstance(node, list) else head
+    value = assignment.value
+    if rest:
+        below = _peek(node, annotation, key)
+        if below is None:
+            # A section that is off (null) starts from its default again; one that nobody has written yet starts empty,
+            # and validation tells whether it may be there.
+            others = {name: item for name, item in node.items() if name != key} if isinstance(node, Mapping) else {}
+            below = _peek(others, annotation, key) or {}
+        value = _set(below, schemas.child(annotation, node, key), rest, assignment, (*done, str(key)))
     if isinstance(node, list):
         return [value if index == key else item for index, item in enumerate(node)]
     return {**node, key: value}
@@ -138,45 +115,31 @@ def _keys(node: Any, annotation: Any) -> list[str | int]:
     return list(dict.fromkeys([*node, *(schemas.fields(config) if config else ())]))
 
 
-def _may_hold(node: Any, annotation: Any, key: str | int, assignment: Assignment) -> bool:
-    """Whether a glob ends here: the key is written, or the schema knows it, or the schema says nothing.
-
-    `**` reaches places that nobody had in mind, so that there "says nothing" is not enough.
-    """
-    if isinstance(node, list) or key in node:
-        return True
-    config = schemas.config_class(annotation, node)
-    if config is not None:
-        return key in schemas.fields(config)
-    return not assignment.is_deep and schemas.entry(annotation) is None
-
-
-def _index(node: list, name: str, assignment: Assignment, done: tuple[str, ...]) -> int | None:
+def _index(node: list, name: str, assignment: Assignment, done: tuple[str, ...]) -> int:
     index = int(name) if name.lstrip("-").isdigit() else None
     if index is not None and -len(node) <= index < len(node):
         return index % len(node)
-    if assignment.is_glob:
-        return None
     problem = f"expected an index or *, got '{name}'" if index is None else f"has no index {name}"
     raise ConfigError(f"override '{assignment.text}': {'.'.join(done)} is a list of {len(node)}; {problem}")
 
 
 def _closest(raw: Any, schema: type[Config], assignment: Assignment) -> str | None:
-    """The existing path that looks most like the override's, with `*` for list indices where the override has globs."""
+    """The existing path that looks most like the override's, with `*` for list indices."""
     pattern = [part for part in assignment.path if part != "**"]
     known: dict[str, str] = {}
-    for path in _walk(raw, schema):
-        general = ["*" if isinstance(part, int) else part for part in path]
+    for place in _walk(raw, schema):
+        general = ["*" if len(names) > 1 else names[0] for names in place]
         # Behind `**` only the end of the path was written, so only the end is compared.
-        compared = general[-len(pattern) :] if assignment.is_deep else general
+        compared = general[-len(pattern) :] if "**" in assignment.path else general
         known.setdefault(".".join(compared), ".".join(general))
     found = difflib.get_close_matches(".".join(pattern), known, n=1, cutoff=0.3)
     return known[found[0]] if found else None
 
 
-def _walk(node: Any, annotation: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every path that is written or that the schema adds by default."""
+def _walk(node: Any, annotation: Any, place: tuple[Names, ...] = ()) -> Iterator[tuple[Names, ...]]:
+    """Every place that is written or that the schema adds by default."""
     node = _expand_shorthand(node, annotation)
     for key in _keys(node, annotation):
-        yield (*path, key)
-        yield from _walk(_peek(node, annotation, key), schemas.child(annotation, node, key), (*path, key))
+        names = (str(key), str(key - len(node))) if isinstance(key, int) else (key,)
+        yield (*place, names)
+        yield from _walk(_peek(node, annotation, key), schemas.child(annotation, node, key), (*place, names))

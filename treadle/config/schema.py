@@ -57,11 +57,6 @@ def is_family(annotation: Any) -> bool:
     return is_config(annotation) and issubclass(annotation, Kind) and "kind" not in annotation.model_fields
 
 
-def families(annotation: Any) -> list[type[Kind]]:
-    """The kind families that a value here may belong to."""
-    return [inner for inner, _ in map(bare, members(annotation)) if is_family(inner)]
-
-
 def config_class(annotation: Any, value: Any) -> type[Config] | None:
     """The class that would read the raw `value` at this place; None if that can't be told."""
     candidates = [inner for inner, _ in map(bare, members(annotation)) if is_config(inner)]
@@ -70,16 +65,11 @@ def config_class(annotation: Any, value: Any) -> type[Config] | None:
         if isinstance(kind, str) and kind in family.kinds():
             return family.kinds()[kind]
     single = [candidate for candidate in candidates if not is_family(candidate)]
-    named = [candidate for candidate in single if kind is not None and kind == default_kind(candidate)]
-    if named:
-        return named[0]
+    for member in single:
+        if kind is not None and "kind" in member.model_fields and kind == member.model_fields["kind"].default:
+            return member
     ambiguous = len(single) != 1 or isinstance(value, str) or (kind is not None and len(candidates) > 1)
     return None if ambiguous else single[0]
-
-
-def default_kind(config: type[Config]) -> Any:
-    """The name by which this member of a family goes, None outside of families."""
-    return config.model_fields["kind"].default if "kind" in config.model_fields else None
 
 
 def element(annotation: Any, index: int = 0) -> Any:

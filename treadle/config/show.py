@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from treadle.config import schema as schemas
 from treadle.config import yaml_io
 from treadle.config.base import Config, Kind
-from treadle.config.words import quote, short_type
+from treadle.config.words import describe, quote
 
 
 class Key(NamedTuple):
@@ -65,7 +65,7 @@ def _keys_of(config: type[Config], prefix: str, above: tuple[type[Config], ...])
         if name == "kind" and issubclass(config, Kind):
             continue  # the path says it
         annotation = schemas.annotation_of(field)
-        yield Key(prefix + name, short_type(annotation), _default(field), field.description or "")
+        yield Key(prefix + name, describe(annotation), _default(field), field.description or "")
         yield from _keys_below(annotation, prefix + name, above)
 
 

@@ -206,10 +206,6 @@ def _json(file: Path) -> dict[str, Any]:
 class TokenizerConfig(Kind):
     """How text becomes tokens."""
 
-    @property
-    def needs_text(self) -> bool:
-        return False
-
     @abstractmethod
     def build(self, documents: Iterable[str] = ()) -> Tokenizer:
         """The tokenizer. Only `train` reads the documents, all of them. Raises DataError."""
@@ -258,10 +254,6 @@ class TrainTokenizerConfig(SpecialTokensConfig):
     kind: Literal["train"] = "train"
     vocab_size: PositiveInt = Field(8192, description="number of tokens: bytes, merges, special and reserved tokens")
     max_bytes: PositiveInt = Field(256 << 20, description="how many bytes of text to learn from, at most")
-
-    @property
-    def needs_text(self) -> bool:
-        return True
 
     @model_validator(mode="after")
     def _room_for_bytes(self) -> "TrainTokenizerConfig":

@@ -1,8 +1,8 @@
 """Figures of runs: some metrics of several runs, or the whole course of one."""
 
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +109,7 @@ def plot_runs(
 
     `x` is step, tokens, time or flops. Raises RunError for a metric that a run lacks and for an unknown suffix.
     """
-    with house_style():
-        figure = new_figure(width=min(6.4 * len(metrics), 15), height=4.2)
+    with drawn(output, width=min(6.4 * len(metrics), 15), height=4.2) as figure:
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         labels = _labels(runs)
         for panel, metric in zip(panels, metrics, strict=True):
@@ -127,7 +126,7 @@ def plot_runs(
             panels[0].legend(loc="best")
         else:
             figure.suptitle(labels[0], x=0.01, ha="left", fontsize=12)
-        return save_figure(figure, output)
+    return output
 
 
 def plot_training(folder: Path, output: Path) -> Path:
@@ -137,8 +136,7 @@ def plot_training(folder: Path, output: Path) -> Path:
     small = [name for name in SMALL_PANELS if name in names]
     if "loss" not in names and not evaluations:
         raise RunError(f"{folder}: no loss has been logged yet.")
-    with house_style():
-        figure = new_figure(width=11 if small else 7, height=5.2)
+    with drawn(output, width=11 if small else 7, height=5.2) as figure:
         grid = figure.add_gridspec(max(len(small), 1), 2 if small else 1, width_ratios=[2.1, 1] if small else None)
         main = figure.add_subplot(grid[:, 0])
         if "loss" in names:
@@ -155,7 +153,7 @@ def plot_training(folder: Path, output: Path) -> Path:
         for row, panel_metric in enumerate(small):
             _small_panel(figure.add_subplot(grid[row, 1]), folder, panel_metric, last=row == len(small) - 1)
         figure.suptitle(Path(folder).absolute().name, x=0.01, ha="left", fontsize=12)
-        return save_figure(figure, output)
+    return output
 
 
 def _small_panel(panel: "Axes", folder: Path, metric: str, last: bool) -> None:
@@ -226,31 +224,22 @@ def _compact(value: float, _: Any = None) -> str:
 def _labels(runs: Sequence[Path]) -> list[str]:
     """Run names, or ids where two runs share their name."""
     ids = [Path(folder).absolute().name for folder in runs]
-    names = [_without_date(run_id) for run_id in ids]
+    names = [re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", run_id) for run_id in ids]
     return names if len(set(names)) == len(names) else ids
 
 
-def _without_date(run_id: str) -> str:
-    return re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", run_id)
-
-
-def house_style() -> AbstractContextManager[None]:
+@contextmanager
+def drawn(output: Path, width: float, height: float) -> Iterator["Figure"]:
+    """A figure in the house style, written to `output` when the block ends. Raises RunError for an unknown suffix."""
     import matplotlib
-
-    return matplotlib.rc_context(STYLE)
-
-
-def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    # A Figure without pyplot renders with Agg, needs no display, and leaves the caller's backend alone.
-    return Figure(figsize=(width, height))
-
-
-def save_figure(figure: "Figure", output: Path) -> Path:
-    formats = figure.canvas.get_supported_filetypes()
-    if output.suffix[1:].lower() not in formats:
-        raise RunError(f"{output}: cannot write a '{output.suffix}' file. Known: {', '.join(sorted(formats))}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=STYLE["savefig.dpi"])
-    return output
+    with matplotlib.rc_context(STYLE):
+        # A Figure without pyplot renders with Agg, needs no display, and leaves the caller's backend alone.
+        figure = Figure(figsize=(width, height))
+        yield figure
+        formats = figure.canvas.get_supported_filetypes()
+        if output.suffix[1:].lower() not in formats:
+            raise RunError(f"{output}: cannot write a '{output.suffix}' file. Known: {', '.join(sorted(formats))}.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output)

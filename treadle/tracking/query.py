@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import operator as op
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Self
 from treadle.errors import RunError
 
 FACTS = ("id", "name", "state", "started", "updated", "step", "elapsed")
+_OPERATORS = {"=": op.eq, "==": op.eq, "!=": op.ne, "<": op.lt, "<=": op.le, ">": op.gt, ">=": op.ge}
 _CONDITION = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*", re.DOTALL)
 
 
@@ -67,32 +69,15 @@ class Condition:
         if match is None:
             raise RunError(f"condition '{text}': expected key=value, or != < <= > >= in place of =.")
         key, operator, value = match.groups()
-        return cls(key, "=" if operator == "==" else operator, value)
+        return cls(key, operator, value)
 
     def matches(self, run: RunRecord) -> bool:
         if not run.has(self.key):
             return self.operator == "!="
         found = run.value(self.key)
         left, right = _number(found), _number(self.text)
-        if left is None or right is None:
-            return _compare(_as_text(found), self.operator, self.text)
-        return _compare(left, self.operator, right)
-
-
-def _compare(left: Any, operator: str, right: Any) -> bool:
-    match operator:
-        case "=":
-            return bool(left == right)
-        case "!=":
-            return bool(left != right)
-        case "<":
-            return bool(left < right)
-        case "<=":
-            return bool(left <= right)
-        case ">":
-            return bool(left > right)
-        case _:
-            return bool(left >= right)
+        holds = _OPERATORS[self.operator]
+        return bool(holds(_as_text(found), self.text) if left is None or right is None else holds(left, right))
 
 
 def _number(value: Any) -> float | None:

@@ -6,6 +6,8 @@ status.json       state, last step, summary       log.txt         the "treadle" 
 lock              held while a process writes     checkpoints/    not ours
 """
 
+import contextlib
+import itertools
 import logging
 import os
 import re
@@ -22,7 +24,6 @@ from treadle.errors import RunError
 from treadle.tracking import read
 from treadle.tracking.environment import environment
 from treadle.tracking.files import LineWriter, json_page, read_last_line, write_atomically
-from treadle.tracking.index import Index
 from treadle.tracking.lock import FolderLock
 
 if TYPE_CHECKING:
@@ -208,7 +209,6 @@ class Run:
             write_atomically(self._here / read.STATUS_FILE, json_page(self._status))
         except OSError as failure:
             self._report_disk(failure)
-        Index.note(self._here)
 
     def _report_disk(self, error: OSError) -> None:
         if not self._disk_failed:
@@ -230,22 +230,18 @@ class Run:
 
 def _new_folder(root: Path, name: str) -> Path:
     """Make `root/<name>-<date>-<time>`, with a number appended if another run began in the same second."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{root}: cannot be made: {error.strerror}; choose another root") from error
     safe = re.sub(r"[^\w.+-]+", "-", name).strip(".-") or "run"
     stem = f"{safe}-{datetime.now():%Y%m%d-%H%M%S}"
-    number = 1
-    while True:
-        folder = root / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be made: {error.strerror}; choose another root") from error
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = root / (stem if number == 1 else f"{stem}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+    except OSError as error:
+        raise RunError(f"{error.filename}: cannot be made: {error.strerror}; choose another root") from error
+    return folder
 
 
 def _replace_keeping_old(path: Path, content: bytes) -> None:

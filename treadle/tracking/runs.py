@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from treadle.errors import RunError
-from treadle.tracking.index import Index, record_of
+from treadle.tracking.index import record_of, records
 from treadle.tracking.query import Condition, RunRecord, require_known, sort_runs
 from treadle.tracking.read import STATUS_FILE
 
@@ -17,7 +17,6 @@ class Runs:
 
     def __init__(self, root: str | Path = "runs"):
         self.root = Path(root)
-        self.index = Index(self.root)
 
     def list(
         self,
@@ -32,7 +31,7 @@ class Runs:
         `name` is a part of the run's id; `where` holds conditions as in `Condition.parse`. Raises RunError for a
         condition that cannot be parsed and for a key that no run has.
         """
-        runs = self.index.records()
+        runs = records(self.root)
         conditions = [Condition.parse(text) for text in where]
         require_known([*(condition.key for condition in conditions), sort.removeprefix("-")], runs)
         chosen = [

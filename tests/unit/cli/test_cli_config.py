@@ -76,7 +76,7 @@ def test_errors_name_the_file(recipe):
     assert result.exit_code == 2
     assert result.stderr == (
         f"error: {recipe}: 2 problems\n"
-        "  steps: expected an integer above 0, got 'none'\n"
+        "  steps: expected int > 0, got 'none'\n"
         "  parts[0].lrr: unknown key. Did you mean 'lr'?\n"
     )
 

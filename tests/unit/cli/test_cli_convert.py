@@ -108,7 +108,7 @@ def test_bad_input_is_one_message(ours: Path, tmp_path: Path) -> None:
     assert "closest" not in result.output
     result = run("hf-export", ours, tmp_path / "y", "--dtype", "int3")
     assert result.exit_code == 2
-    assert "--dtype: 'int3'; expected bf16" in result.output
+    assert "--dtype: 'int3'; expected auto, bf16" in result.output
 
 
 def test_a_checkpoint_without_tokenizer_says_so(ours: Path, tmp_path: Path) -> None:

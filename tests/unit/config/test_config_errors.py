@@ -37,19 +37,19 @@ def layer(**keys: object) -> dict:
         (layer(mixer={"kind": ["a"]}), "model.layers[1].mixer: unknown kind '['a']'. Known: attention, convolution."),
         (
             layer(mixer={"kind": "attention", "heads": "x"}),
-            "model.layers[1].mixer.heads: expected an integer above 0, got 'x'",
+            "model.layers[1].mixer.heads: expected int > 0, got 'x'",
         ),
         (
             layer(mixer={"kind": "attention", "heads": 0}),
-            "model.layers[1].mixer.heads: expected an integer above 0, got 0",
+            "model.layers[1].mixer.heads: expected int > 0, got 0",
         ),
         (
             layer(mixer={"kind": "attention", "window": -1}),
-            "model.layers[1].mixer.window: expected an integer above 0 or null, got -1",
+            "model.layers[1].mixer.window: expected int > 0 | null, got -1",
         ),
         (
             layer(activation="silo"),
-            "model.layers[1].activation: expected one of silu, gelu, got 'silo'. Did you mean 'silu'?",
+            "model.layers[1].activation: expected silu | gelu, got 'silo'. Did you mean 'silu'?",
         ),
         (layer(mixer=None), None),
         (
@@ -57,19 +57,19 @@ def layer(**keys: object) -> dict:
             "model.layers[1].mixer.kv_heads: 3 does not divide heads=8; try 1, 2, 4, 8",
         ),
         ({"model": {"layers": [{"kind": "cycle"}]}}, None),
-        ({"seed": 1.5}, "seed: expected an integer, got 1.5"),
-        ({"seed": None}, "seed: expected an integer, got null; leave the key out for its default"),
-        ({"rate": 2}, "rate: expected a number above 0 and below 1, got 2"),
+        ({"seed": 1.5}, "seed: expected int, got 1.5"),
+        ({"seed": None}, "seed: expected int, got null; leave the key out for its default"),
+        ({"rate": 2}, "rate: expected float > 0, < 1, got 2"),
         ({"name": 12}, "name: expected text, got 12; quote it: '12'"),
-        ({"steps": "many"}, "steps: expected an integer or 'auto', got 'many'"),
+        ({"steps": "many"}, "steps: expected int | auto, got 'many'"),
         ({"betas": [0.9]}, None),
-        ({"prompts": "hello"}, "prompts: expected a list, each text, got 'hello'"),
-        ({"model": {"layers": []}}, "model.layers: expected a list (not empty), got []"),
-        ({"model": 3}, "model: expected a mapping of keys, got 3"),
-        ({"sources": {"web": {"weight": 2}}}, "sources.web.path: missing; needs a path"),
-        ({"sources": {"web": {"path": "a", "weight": 0}}}, "sources.web.weight: expected a number above 0, got 0"),
+        ({"prompts": "hello"}, "prompts: expected list[text], got 'hello'"),
+        ({"model": {"layers": []}}, "model.layers: expected list[block | cycle] length >= 1, got []"),
+        ({"model": 3}, "model: expected mapping, got 3"),
+        ({"sources": {"web": {"weight": 2}}}, "sources.web.path: missing; needs path"),
+        ({"sources": {"web": {"path": "a", "weight": 0}}}, "sources.web.weight: expected float > 0, got 0"),
         ({"data": {"path": "a", "wieght": 2}}, "data.wieght: unknown key. Did you mean 'weight'?"),
-        ({"data": [{"path": "a"}, {"path": 3}]}, "data[1].path: expected a path, got 3"),
+        ({"data": [{"path": "a"}, {"path": 3}]}, "data[1].path: expected path, got 3"),
         ({1: 2}, None),
     ],
 )
@@ -87,9 +87,9 @@ def test_every_problem_is_listed_once():
     raw["model"]["layers"].append({"kind": "block", "mixer": {"kind": "attention", "kv_heads": 7}})
     assert complaint({**raw, "seed": "x", "steps": "y", "sed": 1}).splitlines() == [
         "6 problems",
-        "  seed: expected an integer, got 'x'",
-        "  steps: expected an integer or 'auto', got 'y'",
-        "  model.layers[0].mixer.bias: expected true or false, got 'x'",
+        "  seed: expected int, got 'x'",
+        "  steps: expected int | auto, got 'y'",
+        "  model.layers[0].mixer.bias: expected bool, got 'x'",
         "  model.layers[1].mixer.kv_heads: 3 does not divide heads=8; try 1, 2, 4, 8",
         "  model.layers[2].mixer.kv_heads: 7 does not divide heads=8; try 1, 2, 4, 8",
         "  sed: unknown key. Did you mean 'seed'?",
@@ -109,7 +109,7 @@ def test_the_file_is_named(tmp_path):
     path.write_text("seed: x\n")
     with pytest.raises(ConfigError) as caught:
         resolve(Recipe, path)
-    assert str(caught.value) == f"{path}: seed: expected an integer, got 'x'"
+    assert str(caught.value) == f"{path}: seed: expected int, got 'x'"
 
 
 def test_long_values_are_cut():

@@ -106,7 +106,7 @@ def test_every_key_is_listed():
     assert listed["steps"].type == "int | auto"
     assert listed["betas"].type == "list[float, float]"
     assert listed["model"].type == "mapping"
-    assert listed["model.layers"].type == "list[block | cycle]"
+    assert listed["model.layers"].type == "list[block | cycle] length >= 1"
     assert listed["model.layers[](block).mixer"][1:3] == ("attention | convolution", "attention")
     assert listed["model.layers[](block).mixer(attention)"].description == "Attention."
     assert listed["model.layers[](block).mixer(attention).heads"][1:] == ("int > 0", "8", "query heads")

@@ -64,7 +64,7 @@ def test_prepare_from_a_recipe() -> None:
 def test_mistakes_are_explained() -> None:
     assert "several kinds" in run("data", "prepare", "corpus/a.jsonl", "corpus/b.txt", code=2).stderr
     assert "no such file" in run("data", "prepare", "nothing.txt", "--tokenizer", "bytes", code=2).stderr
-    assert "at least 257" in run("data", "prepare", "corpus/b.txt", "--vocab-size", "9", code=2).stderr
+    assert "set at least 257" in run("data", "prepare", "corpus/b.txt", "--vocab-size", "9", code=2).stderr
     assert "no finished token shards" in run("data", "inspect", "corpus", code=2).stderr
     assert (
         "held_out" in run("data", "prepare", "corpus/b.txt", "--tokenizer", "bytes", "--held-out", "2", code=2).stderr

@@ -166,9 +166,9 @@ def test_a_saved_model_is_whole(tmp_path: Path, tied: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 0}, r"model.multi_token.depth: expected an integer above 0, got 0"),
+        ({"depth": 0}, r"model.multi_token.depth: expected int > 0, got 0"),
         ({"depth": 32}, r"model.multi_token.depth: 32 is further than a sequence of max_length=32 reaches"),
-        ({"weight": -0.1}, r"model.multi_token.weight: expected a number above 0, got -0.1"),
+        ({"weight": -0.1}, r"model.multi_token.weight: expected float > 0, got -0.1"),
         ({"kind": "sequental"}, r"model.multi_token.*'sequental'.*'sequential'"),
         ({"layer": {**LAYER, "repeat": 2}}, r"model.multi_token.layer.*stands for 2 layers"),
         ({"layer": {"kind": "cycle", "layers": [LAYER, LAYER]}}, r"model.multi_token.layer.*stands for 2 layers"),

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from treadle.errors import RunError
-from treadle.tracking import Run, Runs
-from treadle.tracking.index import INDEX_FILE, Index
+from treadle.tracking import Run, Runs, read
+from treadle.tracking.index import INDEX_FILE
 from treadle.tracking.query import Condition, RunRecord
 
 
@@ -79,19 +78,11 @@ def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def zeroed_page(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[4096:8192] = bytes(4096)
-    path.write_bytes(content)
+def other_version(path: Path) -> None:
+    path.write_text(json.dumps({"version": 1, "runs": {"run-00": {"state": "finished"}}}))
 
 
-def other_schema(path: Path) -> None:
-    with sqlite3.connect(path) as connection:
-        connection.execute("ALTER TABLE runs RENAME COLUMN status TO state")
-    connection.close()
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, garbage, half, zeroed_page, other_schema], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("damage", [Path.unlink, garbage, half, other_version], ids=lambda d: d.__name__)
 def test_a_deleted_or_damaged_index_is_rebuilt(tmp_path, damage):
     for number in range(40):
         write_run(tmp_path, f"run-{number:02d}")
@@ -99,22 +90,33 @@ def test_a_deleted_or_damaged_index_is_rebuilt(tmp_path, damage):
     before = ids(runs.list())
     assert len(before) == 40
     path = tmp_path / INDEX_FILE
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    connection.close()
     damage(path)
     assert ids(runs.list()) == before
-    with sqlite3.connect(path) as connection:  # and it is an index again, not a reading in memory
-        assert connection.execute("SELECT count(status) FROM runs").fetchone() == (40,)
-    connection.close()
+    assert len(json.loads(path.read_text())["runs"]) == 40
 
 
 def test_an_index_that_cannot_be_used_is_done_without(tmp_path):
     write_run(tmp_path, "run")
     (tmp_path / INDEX_FILE).mkdir()
     assert ids(Runs(tmp_path).list()) == ["run"]
-    Index.note(tmp_path / "run")  # and a trainer is not bothered
+
+
+def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_run(tmp_path, name)
+    Runs(tmp_path).list()
+    written = (tmp_path / INDEX_FILE).stat().st_mtime_ns
+    opened = []
+    monkeypatch.setattr(
+        read, "load_status", lambda folder, load=read.load_status: opened.append(folder) or load(folder)
+    )
+    monkeypatch.setattr(read, "load_config", lambda folder: pytest.fail("the configuration has not changed"))
+    assert len(Runs(tmp_path).list()) == 2
+    assert opened == []
+    assert (tmp_path / INDEX_FILE).stat().st_mtime_ns == written
+    (tmp_path / "b" / "status.json").write_text((tmp_path / "b" / "status.json").read_text().replace("2.0", "NaN"))
+    assert len(Runs(tmp_path).list()) == len(Runs(tmp_path).list()) == 2
+    assert opened == [tmp_path / "b"]
 
 
 def test_an_unreadable_run_is_shown_and_does_not_hide_the_others(tmp_path):
@@ -136,16 +138,6 @@ def test_running_without_a_process_is_died(tmp_path):
     assert [(r.name, r.metrics) for r in Runs(tmp_path).list("finished")] == [("live", {"loss": 1.5})]
 
 
-def test_a_run_updates_the_index_itself(tmp_path):
-    write_run(tmp_path, "old")
-    Runs(tmp_path).list()
-    Run.create(tmp_path, "new", {}, "a: 1\n").finish()
-    with sqlite3.connect(tmp_path / INDEX_FILE) as connection:
-        rows = dict(connection.execute("SELECT id, json_extract(status, '$.state') FROM runs"))
-    connection.close()
-    assert sorted(rows.values()) == ["finished", "finished"]
-
-
 def test_many_processes_share_one_index(tmp_path):
     script = """
 import sys
@@ -161,9 +153,7 @@ for number in range(5):
     runs = Runs(tmp_path).list()
     assert len(runs) == 15
     assert {run.state for run in runs} == {"finished"}
-    with sqlite3.connect(tmp_path / INDEX_FILE) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
+    assert len(json.loads((tmp_path / INDEX_FILE).read_text())["runs"]) == 15
 
 
 def test_no_root_is_no_runs_and_leaves_nothing_behind(tmp_path):

@@ -300,7 +300,7 @@ def test_compiled_layers_hand_over_what_they_keep(monkeypatch, mode):
     ("value", "message"),
     [
         ("half", "unknown kind 'half'"),
-        ({"kind": "full", "every": 0}, "activation_checkpointing.every: expected an integer above 0"),
+        ({"kind": "full", "every": 0}, "activation_checkpointing.every: expected int > 0"),
         ({"kind": "budget", "share": 1.5}, "activation_checkpointing.share: "),
         ({"kind": "budget"}, "training.compile is false; set it to true"),
     ],
