@@ -75,8 +75,8 @@ def add_banks(model: Transformer, adapters: Mapping[str, Transformer]) -> None:
         layer = model.get_submodule(path)
         updates: dict[str, nn.Module] = {}
         for part in getattr(layer, "parts", None) or ["all"]:
-            owners = [found[path].updates if path in found else {} for found in layers.values()]
-            pairs = [owner[part] if part in owner else None for owner in owners]
+            owners = [dict(found[path].updates.items()) if path in found else {} for found in layers.values()]
+            pairs = [owner.get(part) for owner in owners]
             if any(pair is not None for pair in pairs):
                 updates[part] = Bank(pairs, rows)
         adapt(layer, AdaptedLinear, updates)
@@ -87,7 +87,9 @@ def add_banks(model: Transformer, adapters: Mapping[str, Transformer]) -> None:
 def use_adapters(model: Transformer, names: Sequence[str | None]) -> Iterator[None]:
     """Within, row b of every batch goes through the adapter names[b] (None: none). Raises ConfigError for others."""
     rows: Any = getattr(model, "adapter_rows", None)
-    known = [] if rows is None else rows.names
+    if rows is None:
+        raise ConfigError("the model has no adapters to choose from; put them beside it with add_adapters")
+    known = rows.names
     for name in names:
         if name is not None and name not in known:
             raise ConfigError(f"adapter '{name}' is not loaded.{nearest(name, known)}")
