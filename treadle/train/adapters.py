@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from treadle.errors import CheckpointError
 from treadle.families import checkpoint as published
 from treadle.finetune.adapted import adapted
 from treadle.finetune.attach import attach, saved_parameters, settle
+from treadle.finetune.bank import add_banks
 from treadle.finetune.config import FinetuneConfig
 from treadle.nn.store import METADATA, SPEC_FILE, build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
@@ -70,6 +71,18 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
     return model
 
 
+def add_adapters(model: Transformer, folders: Mapping[str, Path | str]) -> None:
+    """Put several LoRA adapters beside the weights of a whole model, by name, to be chosen from for each row of a batch
+    by `treadle.finetune.bank.use_adapters`. Raises CheckpointError or ConfigError for one that does not fit."""
+    loaded = {}
+    for name, folder in folders.items():
+        loaded[name] = build_meta(model.config)
+        attach(loaded[name], read_facts(Path(folder)).finetune)
+        for path, values in _read(loaded[name], Path(folder)).items():
+            _set(loaded[name], path, values.to(model.device))
+    add_banks(model, loaded)
+
+
 def merge_adapter(folder: Path, target: Path, *, base: Path | None = None) -> TransformerConfig:
     """Write the model folder of the weights with what was learned in them, tensor by tensor.
 
@@ -84,8 +97,7 @@ def merge_adapter(folder: Path, target: Path, *, base: Path | None = None) -> Tr
     attach(model, facts.finetune)
     learned = _read(model, folder)
     for name in [name for name in learned if name not in own]:
-        path, leaf = name.rpartition(".")[::2]
-        setattr(model.get_submodule(path), leaf, nn.Parameter(learned[name], requires_grad=False))
+        _set(model, name, learned[name])
     layers: dict[str, Any] = dict(adapted(model))
     with torch.no_grad(), WeightsWriter(target, metadata=METADATA) as writer:
         for name in own:
@@ -118,6 +130,11 @@ def load_base(path: Path) -> Transformer:
     model = build_meta(spec_of(path)).to_empty(device="cpu")
     load_weights(model, path)
     return model.eval()
+
+
+def _set(model: nn.Module, name: str, values: Tensor) -> None:
+    path, leaf = name.rpartition(".")[::2]
+    setattr(model.get_submodule(path), leaf, nn.Parameter(values, requires_grad=False))
 
 
 def _read(model: Transformer, folder: Path) -> dict[str, Tensor]:
