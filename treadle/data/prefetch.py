@@ -1,15 +1,16 @@
 """Work ahead of a consumer: a thread makes the next items while the current one is in use."""
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """Iterates make(start), make(start + 1), ... up to `stop`, at most `depth` made ahead.
+    """Iterates make(start), make(start + 1), ... up to `stop`; `depth` wait, made, while the thread is at the next.
 
     An error in `make` is raised in the consumer, at the item it belongs to. `close()`, or leaving the `with` block,
     stops the thread; so does the program's end.
@@ -18,62 +19,40 @@ class Prefetch(Generic[T]):
     def __init__(self, make: Callable[[int], T], start: int = 0, stop: int | None = None, *, depth: int = 2):
         if depth < 1:
             raise ValueError(f"depth {depth}; expected at least 1")
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-        self._stopping = threading.Event()
-        self._over = False
-        # The thread must not hold `self`, or a forgotten iterator would never be collected and never stop.
-        arguments = (make, start, stop, self._queue, self._stopping)
-        self._thread = threading.Thread(target=_work, args=arguments, name="treadle-prefetch", daemon=True)
-        self._thread.start()
+        self._make, self._steps = make, count(start) if stop is None else iter(range(start, stop))
+        self._pool = ThreadPoolExecutor(1, "treadle-prefetch")
+        self._ahead: deque[Future[T]] = deque()
+        for _ in range(depth + 1):
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        for step in self._steps:
+            # The pool must not hold `self`, or a forgotten iterator would never be collected and never stop.
+            self._ahead.append(self._pool.submit(self._make, step))
+            return
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        if self._over:
-            raise StopIteration
-        item, error = self._queue.get()
-        if error is not None:
-            self._over = True
+        if not self._ahead:
             self.close()
-            raise error
-        return item  # type: ignore[return-value]
+            raise StopIteration
+        self._begin_next()
+        try:
+            return self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Stop the thread, and wait for the item it is at."""
-        self._over = True
-        self._stopping.set()
-        self._thread.join()
+        self._steps = iter(())
+        self._ahead.clear()
+        self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "Prefetch[T]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        self._stopping.set()
-
-
-def _work(
-    make: Callable[[int], T],
-    step: int,
-    stop: int | None,
-    out: "queue.Queue[tuple[T | None, BaseException | None]]",
-    stopping: threading.Event,
-) -> None:
-    item: tuple[T | None, BaseException | None]
-    while not stopping.is_set():
-        try:
-            item = (make(step), None) if stop is None or step < stop else (None, StopIteration())
-        except BaseException as error:  # whatever it is, it belongs to the consumer
-            item = (None, error)
-        while not stopping.is_set():
-            try:
-                out.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if item[1] is not None:
-            return
-        step += 1

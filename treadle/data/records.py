@@ -1,12 +1,11 @@
 """Records between separators in a file of bytes, read from any byte range, in bounded memory."""
 
-import gzip
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from treadle.errors import DataError
+from treadle.data.compressed import readable
 
 PIECE_BYTES = 8 << 20
 BLOCK = 1 << 20
@@ -48,11 +47,8 @@ def records(
     Neighbouring ranges give each record exactly once, if the separator cannot overlap itself. Raises DataError naming
     the file if it cannot be read.
     """
-    try:
-        with opener(path) as file:
-            yield from _records(file, separator, start, stop)
-    except (OSError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+    with readable(path, EOFError, zlib.error), opener(path) as file:
+        yield from _records(file, separator, start, stop)
 
 
 def _records(file: IO[bytes], separator: bytes, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:

@@ -17,6 +17,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from treadle.config import Config
 from treadle.data.dataset import Part, TokenDataset
 from treadle.errors import DataError
+from treadle.tracking.files import write_atomically
 
 FORMAT = "treadle-tokens"
 VERSION = 1
@@ -149,7 +150,7 @@ class ShardWriter:
             bytes=self.bytes,
             shards=tuple(self._shards),
         )
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=1))
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=1).encode())
         return manifest
 
     def __enter__(self) -> "ShardWriter":
@@ -161,16 +162,6 @@ class ShardWriter:
         elif self._open is not None:
             for file in self._open:
                 file.close()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_manifest(folder: Path | str) -> Manifest:

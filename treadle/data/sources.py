@@ -6,7 +6,6 @@ depends on the files only, never on how many workers read them.
 
 import glob
 import sysconfig
-import zlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, field_validator
 
 from treadle.config import Kind
-from treadle.data.compressed import extra, opened
+from treadle.data.compressed import extra, opened, readable
 from treadle.data.records import PIECE_BYTES, cut, line_of, records
 from treadle.errors import DataError
 
@@ -131,10 +130,8 @@ class TextConfig(FilesConfig):
     def read(self, piece: Piece) -> Iterator[str]:
         path = Path(piece.path)
         if self.separator is None:
-            try:
+            with readable(path):
                 data = path.read_bytes()
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from error
             if data:
                 yield decoded(data, path, 0)
             return
@@ -150,13 +147,12 @@ class JsonlConfig(FilesConfig):
     field: str = Field("text", description="the key that holds the document")
 
     def pieces(self) -> list[Piece]:
-        files = [(path, path.stat().st_size) for path in self.files(".jsonl", ".jsonl.gz", ".jsonl.zst")]
-        plain = [(str(path), size, path.suffix not in (".gz", ".zst")) for path, size in files]
-        return [
-            Piece(path, a, b if cuttable else None, b - a)
-            for path, size, cuttable in plain
-            for a, b in cut(size, PIECE_BYTES if cuttable else None)
-        ]
+        pieces = []
+        for path in self.files(".jsonl", ".jsonl.gz", ".jsonl.zst"):
+            size, whole = path.stat().st_size, path.suffix in (".gz", ".zst")
+            cuts = [(0, None)] if whole else cut(size, PIECE_BYTES)
+            pieces += [Piece(str(path), a, b, size if b is None else b - a) for a, b in cuts]
+        return pieces
 
     def read(self, piece: Piece) -> Iterator[str]:
         path = Path(piece.path)
@@ -207,11 +203,10 @@ class PythonStdlibConfig(SourceConfig):
 
     def read(self, piece: Piece) -> Iterator[str]:
         try:
-            text = Path(piece.path).read_bytes().decode()
+            with readable(piece.path):
+                text = Path(piece.path).read_bytes().decode()
         except UnicodeDecodeError:
             return  # some test files are in another encoding on purpose
-        except OSError as error:
-            raise DataError(f"{piece.path}: cannot be read: {error.strerror}") from error
         if text:
             yield text
 
@@ -226,7 +221,7 @@ class ParquetConfig(FilesConfig):
         parquet = extra("pyarrow.parquet")
         pieces = []
         for path in self.files(".parquet"):
-            with self._readable(path):
+            with readable(path, extra("pyarrow").ArrowException):
                 metadata = parquet.read_metadata(path)
             groups = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
             pieces += [Piece(str(path), group, group + 1, size) for group, size in enumerate(groups)]
@@ -234,7 +229,7 @@ class ParquetConfig(FilesConfig):
 
     def read(self, piece: Piece) -> Iterator[str]:
         parquet = extra("pyarrow.parquet")
-        with self._readable(piece.path), parquet.ParquetFile(piece.path) as file:
+        with readable(piece.path, extra("pyarrow").ArrowException), parquet.ParquetFile(piece.path) as file:
             names = file.schema_arrow.names
             if self.column not in names:
                 raise DataError(f"{piece.path}: no column '{self.column}'; it has: {', '.join(names)}. Set `column`")
@@ -244,10 +239,6 @@ class ParquetConfig(FilesConfig):
                     where = f"{piece.path}: row {number} of row group {piece.start}, column '{self.column}'"
                     yield from checked_text(value, where)
                     number += 1
-
-    @staticmethod
-    def _readable(path: Path | str) -> "Readable":
-        return Readable(path, (extra("pyarrow").ArrowException, OSError))
 
 
 class HuggingFaceConfig(SourceConfig):
@@ -313,17 +304,3 @@ def checked_text(value: Any, where: str) -> Iterator[str]:
         raise DataError(f"{where}: {type(value).__name__}, expected a string")
     if value:
         yield value
-
-
-class Readable:
-    """Turns the errors of a reading library into a DataError that names the file."""
-
-    def __init__(self, path: Path | str, errors: tuple[type[BaseException], ...] = (OSError, EOFError, zlib.error)):
-        self.path, self.errors = path, errors
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, self.errors):
-            raise DataError(f"{self.path}: cannot be read: {error}") from error

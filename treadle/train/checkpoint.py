@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from treadle.errors import CheckpointError
 from treadle.parallel.mesh import Mesh
 from treadle.parallel.shards import LoadPlanner, SavePlanner
+from treadle.tracking.files import write_atomically
 from treadle.train.config import CheckpointConfig
 from treadle.train.state import TrainState
 
@@ -90,7 +91,7 @@ class Checkpointer:
         """Give a complete checkpoint its name; what went wrong, if anything."""
         temporary = self._temporary(step)
         try:
-            _write_facts(temporary / FACTS_FILE, facts)
+            write_atomically(temporary / FACTS_FILE, json.dumps(facts, indent=1).encode())
             os.replace(temporary, self.path(step))
             _sync(self.folder)  # the new name must last before older checkpoints go
         except OSError as error:
@@ -180,13 +181,6 @@ class Checkpointer:
                 shutil.rmtree(self.path(step), ignore_errors=True)
         for torn in self.folder.glob(".step-*.partial"):  # of a process that was killed: ours is not under way now
             shutil.rmtree(torn, ignore_errors=True)
-
-
-def _write_facts(path: Path, facts: dict[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(facts, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

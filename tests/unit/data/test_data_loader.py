@@ -317,7 +317,7 @@ def test_a_batch_moves_as_a_whole(datasets: list[TokenDataset]) -> None:
 
 
 def alive() -> int:
-    return sum(thread.name == "treadle-prefetch" for thread in threading.enumerate())
+    return sum(thread.name.startswith("treadle-prefetch") for thread in threading.enumerate())
 
 
 def wait_until_none_is_alive() -> None:
