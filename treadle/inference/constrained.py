@@ -19,7 +19,7 @@ from treadle.errors import ConfigError
 from treadle.inference.request import Constraint, Request
 
 # Where JSON allows any amount of space, one blank at most: a model that is not sure of itself would never end it.
-SPACE = {"whitespace_pattern": "[ ]?"}
+SPACE: Any = {"whitespace_pattern": "[ ]?"}
 COMPILED = 128  # constraints that are remembered
 
 
