@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # The PyTorch to install, before anything else can ask for a looser one. Override for another build.
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test lint types imports pytest install clean
+.PHONY: quickstart test lint types imports pytest install kernels-mojo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a small language model on this machine, from raw text to a sample"
 	@echo "make test         lint, types, import rules and tests"
+	@echo "make kernels-mojo compile the kernels in Mojo for Hopper GPUs, which come with the package (needs no GPU)"
 	@echo "make clean        remove .venv and caches (runs/ stays)"
 
 $(VENV)/.base: constraints.txt pyproject.toml
@@ -43,5 +44,15 @@ imports: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
+# Mojo with what it needs for GPUs, in an environment of its own; Triton, for its ptxas, is in the other one.
+MOJO := mojo-compiler==1.2.0 mojo-compiler-mojo-libs==1.2.0 max-mojo-libs==26.7.0 max-core==26.7.0
+
+.venv-mojo/bin/mojo:
+	$(PYTHON) -m venv .venv-mojo
+	.venv-mojo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MOJO)
+
+kernels-mojo: $(VENV)/.dev .venv-mojo/bin/mojo
+	$(BIN)/python treadle/kernels/mojo/build.py .venv-mojo/bin/mojo
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-mojo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -1,4 +1,5 @@
-"""Kernels: right against float64, times beside the hardware's floor, and whole layers with and without them.
+"""Kernels of every backend: errors against float64, times beside the hardware's floor and PyTorch's compiler; and whole
+layers with and without them.
 
     python benchmarks/kernels.py [--layers] [--ship] [OPERATION ...]
 
@@ -91,7 +92,7 @@ def main() -> None:
         return time_layers(args.names)
     rates = kernels.Floor(1.0, 1.0) if args.quick else machine_rates()
     print(f"{machine()}: copies at {rates.bytes / 1e12:.2f} TB/s, matmuls at {rates.flops / 1e12:.0f} TFLOP/s")
-    rows = []
+    rows, findings = [], []
     for name in args.names or kernels.OPERATIONS:
         operation = kernels.OPERATIONS[name]
         torch.manual_seed(0)
@@ -99,10 +100,11 @@ def main() -> None:
         for backend in kernels.BACKENDS:
             if operation.unusable(backend) is None:
                 for finding in check(operation, backend, "cuda"):
+                    findings.append(finding)
                     if args.quick or not finding.good:
                         print(finding, flush=True)
         rows += bench(operation, rates, quick=args.quick)
-    for line in table(rows):
+    for line in table(rows, findings):
         print(line)
     if args.ship:
         tables.write(tables.SHIPPED / f"{tables.architecture()}.json", rows, machine())

@@ -5,8 +5,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from treadle.parallel.mesh import Mesh
 from treadle.train.config import TrainingConfig
 from treadle.train.hardware import device_name, peak_flops
 from treadle.train.loop import Callback, Loop, StepRecord
-from treadle.train.losses import cross_entropy
+from treadle.train.losses import training_loss
 from treadle.train.optimizers import AdamWConfig
 from treadle.train.schedules import ConstantConfig
 from treadle.train.setup import build_model, build_state
@@ -95,6 +94,7 @@ def measure(
     skew: float = 1.0,
     profile: bool = False,
     show: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """What a run of `config.training.steps` steps finds; the first `warmup` of them are not timed.
 
@@ -107,20 +107,23 @@ def measure(
     built = build_model(config.model, training, seed=0, mesh=mesh, parallel=config.parallel)
     state = build_state(built, AdamWConfig(lr=2e-5), training)
     clock = Clock(warmup)
-    loss = partial(cross_entropy, attention=training.attention)
-    loop = Loop(state, training, ConstantConfig(warmup=warmup), loss, [clock], mesh=mesh)
+    loss = training_loss(training)
+    loop = Loop(state, training, ConstantConfig(warmup=warmup), loss, [clock, *callbacks], mesh=mesh)
     loop.run(list(random_batches(config, mesh, training.steps, document=document, skew=skew)))
     phases, seconds, losses = loop.watch.read(), statistics.median(clock.seconds), clock.losses.copy()
     spread = (max(clock.seconds) - min(clock.seconds)) / seconds
     cuda = device.type == "cuda"
-    peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]
+    peaks, outside = ([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if cuda else [0, 0]), 0
+    if cuda:
+        free, whole_device = torch.cuda.mem_get_info()
+        outside = whole_device - free - torch.cuda.memory_reserved()
     idle = 0.0
     if profile:
         events = trace(loop, list(random_batches(config, mesh, 1, document=document, skew=skew)))
         idle = idle_share(events)
         if show:
             print_kernels(events)
-    idles, allocated, reserved = (everywhere(mesh, value) for value in (idle, *peaks))
+    idles, allocated, reserved, beside = (everywhere(mesh, value) for value in (idle, *peaks, outside))
     whole = build_meta(config.model)
     flops, peak = training_flops(whole, document or length) * rows * length, peak_flops(device)
     return {
@@ -132,7 +135,9 @@ def measure(
         "tokens_per_second": rows * length / seconds,
         "spread": spread,
         "peak_gib": max(allocated) / 2**30 if cuda else None,
+        "peaks_gib": [peak / 2**30 for peak in allocated] if cuda else None,
         "reserved_gib": max(reserved) / 2**30 if cuda else None,
+        "outside_gib": max(beside) / 2**30 if cuda else None,
         "mfu": flops / seconds / peak / mesh.world.size if peak else None,
         "idle": idles if profile else None,
         "phases_ms": {name: 1e3 * spent / steps for name, spent in phases.items()},

@@ -1,9 +1,9 @@
-"""Planned against measured and published: memory and speed, in closed form, without a GPU.
+"""Planned against what others have published of their frameworks: speed in closed form, without a GPU.
 
     python benchmarks/plan.py
 
-The first table is this package's own measurements (docs/benchmarks.md). The second is what others have published of
-their frameworks, to which no constant was fitted: a plan assumes this package's way of training, and theirs differ.
+No constant was fitted to it: a plan assumes this package's way of training, and theirs differ. What this package was
+measured at is in plan_accuracy.py.
 """
 
 from pathlib import Path
@@ -18,35 +18,6 @@ from treadle.memory.plan import GIB, Plan
 from treadle.memory.predict import Planned, predict
 
 MODELS = Path(__file__).parent.parent / "recipes/models"
-
-AT_4: dict[str, Any] = {"batch_size": 4, "sequence_length": 8192}
-ON_TWO: dict[str, Any] = {"batch_size": 8, "sequence_length": 8192, "micro_batch_size": 4}
-BY_ONE: dict[str, Any] = {**ON_TWO, "micro_batch_size": 1}
-
-# model, what, training, GPUs, device, parallel, GiB at the peak (max_memory_allocated), tokens/s
-MEASURED: list[tuple[str, str, dict[str, Any], int, str, dict[str, Any], float, float]] = [
-    ("llama-1.5b", "4 rows", AT_4, 1, "h200", {}, 63.0, 56_600),
-    ("llama-1.5b", "2 rows", {**AT_4, "batch_size": 2}, 1, "h200", {}, 43.2, 52_860),
-    ("llama-1.5b", "2 rows, eager", {**AT_4, "batch_size": 2, "compile": False}, 1, "h200", {}, 47.2, 47_304),
-    ("moe-2b", "8 rows", {"batch_size": 8, "sequence_length": 4096}, 1, "h200", {}, 67.3, 122_400),
-    ("dense-0.4b", "8 rows", {"batch_size": 8, "sequence_length": 4096}, 1, "h200", {}, 33.0, 162_000),
-    ("llama-1.5b", "fp8", {**AT_4, "fp8": True}, 1, "h200", {}, 49.2, 65_123),
-    *(
-        ("llama-1.5b", kept, {**AT_4, "activation_checkpointing": kept}, 1, "h200", {}, gib, speed)
-        for kept, gib, speed in (("selective", 44.7, 54_491), ("full", 25.4, 46_534), ("offload", 27.3, 19_997))
-    ),
-    (
-        *("llama-1.5b", "budget 0.5", {**AT_4, "activation_checkpointing": {"kind": "budget", "share": 0.5}}),
-        *(1, "h200", {}, 39.6, 50_190),
-    ),
-    ("llama-1.5b", "8 rows, by 4", ON_TWO, 1, "h100", {}, 68.6, 54_562),
-    ("llama-1.5b", "FSDP", ON_TWO, 2, "h100", {}, 53.3, 102_254),
-    ("llama-1.5b", "tensor", ON_TWO, 2, "h100", {"tensor": 2}, 37.3, 88_481),
-    ("llama-1.5b", "tensor, async", ON_TWO, 2, "h100", {"tensor": 2, "async_tensor": True}, 37.3, 92_441),
-    ("llama-1.5b", "1f1b", BY_ONE, 2, "h100", {"pipeline": 2}, 28.3, 87_302),
-    ("llama-1.5b", "zbv", BY_ONE, 2, "h100", {"pipeline": 2, "schedule": "zbv"}, 28.3, 93_858),
-    ("llama-1.5b", "dualpipev", BY_ONE, 2, "h100", {"pipeline": 2, "schedule": "dualpipev"}, 31.4, 91_030),
-]
 
 # H100s of 500 W with 2.4 TB/s of memory, as torchtitan's machines have
 H100_500W = DEVICES["h100"].model_copy(update={"memory_gib": 94.0, "bandwidth_tbs": 2.14})
@@ -75,21 +46,13 @@ def planned(model: str, device: Any, gpus: int, training: dict[str, Any], parall
 
 
 def main() -> None:
-    own = Table("model", "what", "GPUs", "GiB", "planned", "ratio", "tokens/s", "planned", "ratio")
-    for model, what, training, gpus, name, parallel, memory, speed in MEASURED:
-        plan = planned(model, DEVICES[name], gpus, training, parallel)
-        found, rate = plan.allocated / GIB, plan.tokens_per_second
-        cells = (f"{found:.1f}", f"{found / memory:.3f}", f"{speed:,}", f"{rate:,.0f}", f"{rate / speed:.2f}")
-        own.add_row(model, what, f"{gpus} {name}", str(memory), *cells)
     others = Table("who", "model", "GPUs", "tokens/s of a GPU", "planned", "ratio", "GiB planned")
     for who, model, device, gpus, rows, training, parallel, speed in PUBLISHED:
         plan = planned(model, device, gpus, {"batch_size": rows, "sequence_length": 8192, **training}, parallel)
         rate = plan.tokens_per_second / gpus
         cells = (f"{speed:,.0f}", f"{rate:,.0f}", f"{rate / speed:.2f}", f"{plan.peak / GIB:.1f}")
         others.add_row(who, model, str(gpus), *cells)
-    console = Console(width=140)
-    console.print(own)
-    console.print(others)
+    Console(width=140).print(others)
 
 
 if __name__ == "__main__":

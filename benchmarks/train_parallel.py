@@ -13,19 +13,15 @@ its difference to the first layout of that shape. bf16 rounds differently in eac
 """
 
 import argparse
-import contextlib
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from measure import Benchmark, measure
+from processes import measure_all, run_processes
 
 from treadle.config import read_yaml, resolve
 from treadle.errors import TreadleError
@@ -143,54 +139,9 @@ def one_process(run: LayoutRun, tiny: bool, answer: Path) -> None:
 
 def start(name: str, run: LayoutRun, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """A layout, on processes of its own: what it found, or `failed`."""
-    folder = arguments.logs / f"{arguments.gpus}-{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    answer = folder / "result.json"
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--gpus", str(arguments.gpus), "--one", name, "--answer", str(answer)]
+    command = [sys.executable, __file__, "--gpus", str(arguments.gpus), "--one", name]
     command += ["--tiny"] if arguments.tiny else []
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
-    logs = [folder / f"rank-{rank}.txt" for rank in range(run.gpus)]
-    processes = []
-    for rank, log in enumerate(logs):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.gpus, "LOCAL_WORLD_SIZE": run.gpus}
-        environment = {**os.environ, **place, **{key: str(value) for key, value in names.items()}}
-        environment.setdefault("OMP_NUM_THREADS", "1" if arguments.tiny else str((os.cpu_count() or 1) // run.gpus))
-        with log.open("w") as file:
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + seconds
-    try:
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
-                time.sleep(2)  # the first to fail may not be the first to end
-                break
-            if time.monotonic() > deadline:
-                return {"failed": f"not ready after {seconds:.0f} s"}
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    failed = [log for process, log in zip(processes, logs, strict=True) if process.returncode > 0]
-    if not answer.exists():
-        return {"failed": reason((failed or logs)[0].read_text())}
-    return json.loads(answer.read_text())  # type: ignore[no-any-return]
-
-
-def reason(log: str) -> str:
-    """The error's own line, where there is one."""
-    lines = [line for line in log.strip().splitlines() if line.strip()] or ["it said nothing"]
-    errors = [line for line in lines if not line.startswith((" ", "[rank")) and "Error" in line.partition(":")[0]]
-    return (errors or lines)[-1][:300]
-
-
-def recorded(file: Path | None) -> dict[str, dict[str, Any]]:
-    """The last result of each layout in a file of them."""
-    if file is None or not file.exists():
-        return {}
-    return {result["layout"]: result for result in map(json.loads, file.read_text().splitlines())}
+    return run_processes(command, run.gpus, arguments.logs / f"{arguments.gpus}-{name}", seconds)
 
 
 def compared(runs: dict[str, LayoutRun], results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -253,22 +204,11 @@ def main() -> None:
     if arguments.list:
         print(*runs, sep="\n")
         return
-    results, began = recorded(arguments.json), time.monotonic()
-    # What has failed before comes after what has never run.
-    due = sorted((name for name in names if "losses" not in results.get(name, {})), key=lambda name: name in results)
-    with contextlib.suppress(KeyboardInterrupt):
-        for name in due:
-            left = arguments.seconds - (time.monotonic() - began)
-            if left < min(60.0, arguments.timeout):
-                print(f"{len(due) - due.index(name)} layouts are left; run the same command again")
-                break
-            result = start(name, runs[name], arguments, min(arguments.timeout, left))
-            results[name] = {"layout": name, **result}
-            spoken = result.get("failed") or f"{result['tokens_per_second']:,.0f} tokens/s"
-            print(f"{time.monotonic() - began:5.0f} s  {name}: {spoken}", flush=True)
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(results[name]) + "\n")
+    results = measure_all(
+        *(names, lambda name, seconds: start(name, runs[name], arguments, seconds), arguments.json),
+        timeout=arguments.timeout,
+        seconds=arguments.seconds,
+    )
     print_table(runs, results)
 
 

@@ -75,14 +75,14 @@ def load(
 
     imports: Python files or modules with blocks or families of your own that the folder does not name itself.
     """
-    return load_folder(find_folder(path, root), device=find_device(device), dtype=dtype, imports=imports)
+    return load_folder(find_model(path, root), device=find_device(device), dtype=dtype, imports=imports)
+
+
+def find_model(reference: str | Path, root: Path | str = "runs") -> Path:
+    """The folder of a model or of a run (folder, id, prefix, "latest"). Raises as `find_run` does."""
+    return Path(reference) if Path(reference).is_dir() else find_run(reference, root)
 
 
 def find_run(reference: str | Path, root: Path | str = "runs") -> Path:
     """The folder of a run. Raises RunError with the nearest name if there is none."""
     return Runs(root).find(str(reference)).folder
-
-
-def find_folder(reference: str | Path, root: Path | str = "runs") -> Path:
-    """A folder by its path, else a run's, as `find_run`."""
-    return Path(reference) if Path(reference).is_dir() else find_run(reference, root)

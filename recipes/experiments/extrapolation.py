@@ -23,7 +23,7 @@ from treadle.evaluate.perplexity import Perplexity
 from treadle.inference.load import load
 from treadle.nn.transformer import Transformer
 from treadle.parallel.mesh import find_device
-from treadle.tracking.plot import COLORS, INK, house_style, new_figure, save_figure
+from treadle.tracking.plot import COLORS, INK, drawn
 from treadle.tracking.read import load_config
 
 LABELS = {"alibi": "ALiBi", "rope": "RoPE", "longrope": "LongRoPE, not trained further", "sinusoidal": "sinusoidal"}
@@ -113,8 +113,7 @@ def longrope_divisors(
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    with house_style():
-        figure = new_figure(width=7, height=4.4)
+    with drawn(path, width=7, height=4.4) as figure:
         panel = figure.subplots()
         for (name, label), color in zip(LABELS.items(), COLORS, strict=False):
             panel.plot(result["lengths"], result["bits_per_byte"][name], "o-", color=color, label=label, markersize=4)
@@ -124,7 +123,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.set_xlabel(f"tokens in an evaluation window (trained at {result['trained_at']:,})")
         panel.set_title("held-out bits per byte", color=INK)
         panel.legend(loc="best")
-        save_figure(figure, path)
 
 
 def table(result: dict[str, Any]) -> str:

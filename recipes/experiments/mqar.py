@@ -13,7 +13,7 @@ from typing import Any
 
 from experiment import Variant, arguments, carry_out, markdown, train_all
 
-from treadle.tracking.plot import COLORS, INK, house_style, new_figure, save_figure
+from treadle.tracking.plot import COLORS, INK, drawn
 from treadle.tracking.read import load_config, load_status
 
 LABELS = {"attention": "attention", "gated-delta": "gated delta net", "window": "attention, window of 16"}
@@ -57,8 +57,7 @@ def variant(name: str, mixer: str, dim: int, asked: argparse.Namespace) -> Varia
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    with house_style():
-        figure = new_figure(width=3.6 * len(result["dims"]), height=3.6)
+    with drawn(path, width=3.6 * len(result["dims"]), height=3.6) as figure:
         panels = figure.subplots(1, len(result["dims"]), sharey=True, squeeze=False)[0]
         for column, (panel, dim) in enumerate(zip(panels, result["dims"], strict=True)):
             for (name, label), color in zip(LABELS.items(), COLORS, strict=False):
@@ -72,7 +71,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
             panel.set_title(f"model dim {dim}", color=INK)
         panels[0].set_ylabel("right answers (%)")
         panels[0].legend(loc="best")
-        save_figure(figure, path)
 
 
 def table(result: dict[str, Any]) -> str:

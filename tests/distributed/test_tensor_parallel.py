@@ -229,12 +229,11 @@ def test_no_unfinished_result_leaves_a_collective():
     assert run(plain_results, 2) == [[True] * 3] * 2
 
 
-def cut_cross_entropy(weight, x, targets, softcap, z_loss, chunk) -> list[torch.Tensor]:
+def cut_cross_entropy(weight, x, targets, options) -> list[torch.Tensor]:
     with meshed(tensor=2) as mesh:
         assert mesh.tensor is not None
         peers = Peers(mesh.tensor.get_group().group_name, 2, mesh.rank)
         mine, x = weight.chunk(2)[mesh.rank].clone().requires_grad_(), x.requires_grad_()
-        options = {"softcap": softcap, "z_loss": z_loss, "chunk": chunk}
         loss, penalty = vocabulary_cross_entropy(x, mine, targets, peers, **options)
         loss.backward()
         assert mine.grad is not None
@@ -242,8 +241,8 @@ def cut_cross_entropy(weight, x, targets, softcap, z_loss, chunk) -> list[torch.
         return [loss.detach(), penalty, mine.grad, x.grad]
 
 
-@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (2.0, 0.1)])
-def test_cross_entropy_over_a_cut_vocabulary(softcap, z_loss):
+@pytest.mark.parametrize(("softcap", "z_loss", "smoothing"), [(None, 0.0, 0.0), (2.0, 0.1, 0.2)])
+def test_cross_entropy_over_a_cut_vocabulary(softcap, z_loss, smoothing):
     """In float64 against PyTorch's own. With 400 entries each, a target of 300 is -100 to the second process: no
     ignored one."""
     generator = torch.Generator().manual_seed(0)
@@ -253,9 +252,10 @@ def test_cross_entropy_over_a_cut_vocabulary(softcap, z_loss):
     logits = leaves[1] @ leaves[0].t()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     penalty = z_loss * logits.logsumexp(-1)[targets != -100].square().sum()
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") + penalty
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + penalty
     loss.backward()
-    found = run(cut_cross_entropy, 2, weight, x, targets, softcap, z_loss, 3)
+    options = {"softcap": softcap, "z_loss": z_loss, "smoothing": smoothing, "chunk": 3}
+    found = run(cut_cross_entropy, 2, weight, x, targets, options)
     for rank, (its_loss, its_penalty, dweight, _) in enumerate(found):
         assert its_loss.item() == pytest.approx(loss.item(), rel=1e-12)
         assert its_penalty.item() == pytest.approx(penalty.item(), rel=1e-12)

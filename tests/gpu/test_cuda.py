@@ -234,21 +234,23 @@ def test_tables_equal_the_cpu_and_never_stop_the_host(scaling: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (30.0, 1e-3)])
-def test_linear_cross_entropy_equals_float64(softcap: float | None, z_loss: float) -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_cross_entropy_equals_float64(softcap: float | None, z_loss: float, smoothing: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(3000, 128, device=CUDA)
     weight = torch.randn(5003, 128, device=CUDA) * 0.1
     targets = torch.randint(0, 5003, (3000,), device=CUDA)
     targets[::5] = -100
     narrow, master = x.bfloat16().requires_grad_(), weight.clone().requires_grad_()
-    loss, _ = linear_cross_entropy(narrow, master, targets, softcap=softcap, z_loss=z_loss, chunk=1024)
+    options: dict[str, Any] = {"softcap": softcap, "z_loss": z_loss, "smoothing": smoothing}
+    loss, _ = linear_cross_entropy(narrow, master, targets, chunk=1024, **options)
     loss.backward()
     wide, exact = narrow.detach().double().requires_grad_(), weight.double().requires_grad_()
     logits = wide @ exact.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     penalty = z_loss * logits.logsumexp(-1)[targets != -100].square().sum()
-    reference = F.cross_entropy(logits, targets, reduction="sum") + penalty
+    reference = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + penalty
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-3)
     assert relative(narrow.grad, wide.grad) < 1e-2

@@ -8,12 +8,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from treadle.attention import context_parallel, flash, flash4, flex, reference, sdpa
+from treadle.attention import context_parallel, flash, flash4, flex, reference, sdpa, tilelang
 from treadle.attention.context import AttentionContext
-from treadle.attention.facts import AttentionFacts
+from treadle.attention.facts import AttentionFacts, slopes
 from treadle.attention.paged import PagedCache, by_rows, gather
 from treadle.config.base import nearest
 from treadle.errors import ConfigError
+from treadle.kernels import PAGED_ATTENTION
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -21,6 +22,7 @@ BACKENDS: dict[str, ModuleType] = {
     "flash": flash,
     "flash4": flash4,
     "flex": flex,
+    "tilelang": tilelang,
 }
 
 
@@ -57,8 +59,16 @@ def _attend_pages(
     context: AttentionContext,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """Each request's queries over its pages, gathered: any facts, any device, with copies of all keys and values."""
-    pages = context.cache.pages
+    """Each request's queries over its pages, as they lie; or gathered, by the backend that was named or on a CPU."""
+    pages, (H, K) = context.cache.pages, q_1THK.shape[2:]
+    if context.backend == "auto":
+        # Latent attention: what it keeps of a token is its key, and begins with its value.
+        values = None if v_pages.data_ptr() == k_pages.data_ptr() else v_pages
+        slopes_H = slopes(facts, H, q_1THK.device) if facts.alibi else None
+        tensors = q_1THK[0], k_pages, values, pages.tables_RP, pages.lengths_R, pages.starts_N
+        static = pages.longest == 1, v_pages.shape[-1], facts.window, facts.scale or K**-0.5, facts.softcap
+        if PAGED_ATTENTION.worthwhile(*tensors, *static, slopes_H, sinks_H):
+            return torch.ops.treadle.paged_attention(*tensors, *static, slopes_H, sinks_H)[None]  # type: ignore[no-any-return]
     rows, q_RSHK = by_rows(pages, context), pages.rows(q_1THK)
     k_RTGK, v_RTGV = gather(pages, k_pages).to(q_1THK.dtype), gather(pages, v_pages).to(q_1THK.dtype)
     backend = BACKENDS[choose(q_RSHK, facts, rows, v_RTGV.shape[-1])]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from treadle.attention.context import AttentionContext
+from treadle.kernels import store_rows
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,13 @@ class PagedCache:
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Store the new tokens' tensors [1, T, ...]; return all pages, of all requests."""
-        for buffer, tensor in zip(self.buffers, new, strict=True):
-            buffer.flatten(0, 1).index_copy_(0, self.pages.slots_T, tensor[0].to(buffer.dtype))
+        buffers, rows = [buffer.flatten(0, 1) for buffer in self.buffers], [tensor[0] for tensor in new]
+        if len(new) == 2:
+            a, b, x, y = (x.flatten(1) for x in (*buffers, *rows))
+            store_rows(a, b, x, y, self.pages.slots_T)
+        else:
+            for buffer, tensor in zip(buffers, rows, strict=True):
+                buffer.index_copy_(0, self.pages.slots_T, tensor.to(buffer.dtype))
         return tuple(self.buffers)
 
     def fresh(self, queries: int) -> bool:

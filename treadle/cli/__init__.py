@@ -23,7 +23,7 @@ from treadle.errors import TreadleError
 # In the order of `treadle --help`. A command is the function of the same name in its module; a group is its `app`.
 COMMANDS = ("train", "plan", "generate", "chat", "serve")
 SECONDS_FOR_THE_LEADER = 3.0  # what all processes complain about, the leading one says, and its end is theirs
-GROUPS = ("tokenizer", "data", "model", "convert", "runs", "kernels", "config")
+GROUPS = ("tokenizer", "data", "model", "convert", "adapter", "runs", "kernels", "config")
 
 
 class _LazyGroup(TyperGroup):

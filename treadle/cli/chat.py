@@ -26,11 +26,11 @@ def chat(
     What was said before is kept in the cache, and not computed again.
     """
     import treadle
-    from treadle.api import find_folder
+    from treadle.api import find_model
     from treadle.inference.engine import Engine, EngineConfig
     from treadle.inference.request import Sampling
 
-    folder = find_folder(model, root)
+    folder = find_model(model, root)
     written = chat_template(template, folder)
     loaded, tokenizer = treadle.load(folder, device=device, imports=imports or [])
     if tokenizer is None or written is None:

@@ -69,7 +69,7 @@ def hf_export(
     from treadle.inference.load import import_blocks, model_folder, tokenizer_folder
     from treadle.nn.store import SPEC_FILE
 
-    folder = api.find_folder(source, root)
+    folder = api.find_model(source, root)
     _prepare(imports, folder, target, SPEC_FILE, overwrite)
     tokenizer = tokenizer_folder(folder)
     options: dict[str, Any] = {"family": family, "dtype": dtype_named(dtype), "progress": _progress("exporting")}

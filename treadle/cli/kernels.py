@@ -39,7 +39,7 @@ def list_operations(names: Names = None) -> None:
 def check(
     names: Names = None,
     backend: Annotated[str, typer.Option(help="Of which backend.")] = "triton",
-    device: Annotated[str, typer.Option(help="Where: cuda, or cpu with TRITON_INTERPRET=1.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Where: cuda, or cpu: Mojo, or Triton with TRITON_INTERPRET=1.")] = "cuda",
 ) -> None:
     """Compare implementations with their definition in float64. Exit code 1 if one is wrong."""
     import torch
@@ -54,7 +54,7 @@ def check(
             raise ConfigError(f"kernels: {operation.name} has no backend {backend} here: {reason}")
         able += [operation] if reason is None else []
     if able and device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("kernels: PyTorch sees no GPU; take --device cpu, with TRITON_INTERPRET=1 in the environment")
+        raise ConfigError("kernels: PyTorch sees no GPU; take --device cpu (Mojo, or Triton with TRITON_INTERPRET=1)")
     for operation in able:
         for finding in check(operation, backend, device):
             typer.echo(str(finding))

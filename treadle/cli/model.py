@@ -40,7 +40,7 @@ def show(
     from treadle.nn import flops
 
     import_all(imports or [], "--import")
-    model = _build(_load(spec, overrides or []))
+    model = _build(spec_of(spec, overrides or []))
     length = length or model.config.max_length
     console = Console()
     if not console.is_terminal:
@@ -63,7 +63,7 @@ def diff(
 ) -> None:
     """Show in which keys and in which costs two models differ."""
     import_all(imports or [], "--import")
-    left, right = (_build(_load(path, [])) for path in (a, b))
+    left, right = (_build(spec_of(path, [])) for path in (a, b))
     costs = [_costs(model, length or model.config.max_length) for model in (left, right)]
     rows = [(name, costs[0][name], costs[1][name]) for name in costs[0] if costs[0][name] != costs[1][name]]
     keys = [(key, show_value(x), show_value(y)) for key, x, y in configs.diff(left.config, right.config)]
@@ -73,7 +73,7 @@ def diff(
     print_table(("", str(a), str(b)), [*keys, *rows])
 
 
-def _load(path: Path, overrides: list[str]) -> "TransformerConfig":
+def spec_of(path: Path, overrides: list[str]) -> "TransformerConfig":
     """The model section of a recipe, a spec by itself, or the model of a run or Hugging Face folder."""
     from treadle.families import checkpoint
     from treadle.nn.transformer import TransformerConfig

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or a model spec by itself.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe (YAML), a model spec by itself; to serve: also a folder.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -29,7 +31,7 @@ def plan(
         ),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices to run on.")] = 1,
-    device: Annotated[str, typer.Option(help="h200, h100, a100, b200, l40s, ..., or a YAML file of one.")] = "h200",
+    device: Annotated[str, typer.Option(help="h200, h100, a100, ..., here, or a YAML file of one.")] = "h200",
     search: Annotated[bool, typer.Option("--search", help="Try all layouts; show the ten fastest that fit.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Memory from a step of the real code on tensors without memory.")
@@ -37,6 +39,15 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help="With --search: write the best one's changes to this file, for include.")
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Plan `treadle serve`; overrides are the engine's: slots=512.")
+    ] = False,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="With --serve: tokens of a request. Default: the longest.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the devices of this machine, for --device here.")
+    ] = False,
     preset: Annotated[str | None, typer.Option(help="A preset of the recipe.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers for a program (bytes, seconds).")] = False,
 ) -> None:
@@ -49,12 +60,26 @@ def plan(
         treadle plan recipes/models/llama-3-8b.yaml --gpus 8 --device h100 training.batch_size=8
 
         treadle plan recipes/models/llama-3.1-405b.yaml --gpus 1024 --search training.batch_size=2048
+
+        treadle plan --serve models/Qwen3-0.6B --device h200 --length 2048
+
+        treadle plan --calibrate
     """
     from treadle.memory import advice
     from treadle.memory.predict import plan_of, setting_of
 
     if write is not None and not search:
         raise typer.BadParameter("--write goes with --search")
+    if calibrate:
+        _calibrate(as_json)
+        return
+    if recipe is None:
+        raise typer.BadParameter("a recipe or a model spec is missing")
+    if length is not None and not serve:
+        raise typer.BadParameter("--length goes with --serve")
+    if serve:
+        _serve(recipe, list(overrides or []), device, length, as_json)
+        return
     config = _load(recipe, list(overrides or []), preset, gpus, device)
     console = Console()
     if not console.is_terminal:
@@ -74,6 +99,51 @@ def plan(
         _print(found, setting.device, cheapest, console)
     if found.verdict == "does not fit":
         raise typer.Exit(1)
+
+
+def _calibrate(as_json: bool) -> None:
+    from treadle.config import to_dict, yaml_io
+    from treadle.memory.calibrate import calibrate
+    from treadle.memory.devices import calibrated
+    from treadle.parallel.mesh import find_device
+
+    found = to_dict(calibrate(find_device("auto")))
+    path = calibrated(found["name"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml_io.dump(found))
+    typer.echo(json.dumps(found, indent=2) if as_json else f"{yaml_io.dump(found)}\nwritten to {path}: --device here")
+
+
+def _serve(path: Path, overrides: list[str], device: str, length: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from treadle.cli.model import spec_of
+    from treadle.config import resolve
+    from treadle.inference.engine import EngineConfig
+    from treadle.inference.plan import plan_serving
+    from treadle.memory.devices import find_device
+    from treadle.memory.plan import GIB
+
+    known = find_device(device)
+    found = plan_serving(spec_of(path, []), known, resolve(EngineConfig, {}, overrides), length=length)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    table = Table("GiB", known.name, title="memory")
+    for name in ("weights", "cache", "workspace", "overhead"):
+        table.add_row(name, f"{getattr(found, name) / GIB:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{found.cache_tokens:,} tokens of cache: {found.requests} requests of {found.length:,} tokens at a time\n"
+        f"tokens/s at most: {found.alone:,.0f} for one request, {found.together:,.0f} for {found.requests}, "
+        f"{found.prompts:,.0f} of prompts",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _load(path: Path, overrides: list[str], preset: str | None, gpus: int, device: str) -> Any:
@@ -114,7 +184,7 @@ def _print(plan: "Plan", device: Any, cheapest: list["Found"], console: Console)
         time.add_row(name, f"{1e3 * seconds:.1f}", "")
     for name in plan.time.communication | plan.time.hidden:
         sent = (plan.time.communication.get(name, 0.0), plan.time.hidden.get(name, 0.0))
-        time.add_row(f"send: {name}", *(f"{1e3 * seconds:.1f}" for seconds in sent))
+        time.add_row(name if name == "launches" else f"send: {name}", *(f"{1e3 * seconds:.1f}" for seconds in sent))
     time.add_row("bubble", f"{1e3 * plan.time.bubble:.1f}", "")
     time.add_section()
     time.add_row("total", f"{1e3 * plan.time.total:.1f}", "")

@@ -24,6 +24,16 @@ def serve(
     ] = None,
     template: Template = None,
     waiting: Annotated[int, typer.Option(min=1, help="Requests at the same time; more are answered 429.")] = 4096,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="A smaller run or model of the same tokenizer, which guesses tokens; with speculate=4."),
+    ] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="fp8: weights of 8 bits, half the memory of bf16 (Hopper, Ada or later).")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Serve embeddings: the mean of the hidden states, or the last one (mean, last).")
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32; auto: bf16 on a GPU, else fp32.")] = "auto",
     imports: Imports = None,
@@ -38,6 +48,8 @@ def serve(
         treadle serve latest --port 8000
 
         treadle serve models/Qwen3-0.6B policy=latency cache_tokens=200000 --api-key secret
+
+        treadle serve models/Qwen3-8B speculate=4 --draft models/Qwen3-0.6B
     """
     try:
         import fastapi  # noqa: F401
@@ -45,42 +57,64 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"treadle serve needs {error.name}; install it: pip install 'treadle[serve]'") from None
-    from treadle.api import find_folder
+    from treadle.api import find_model
     from treadle.config import resolve
     from treadle.data.tokenizer import Tokenizer
     from treadle.inference.engine import EngineConfig
     from treadle.inference.load import tokenizer_folder
     from treadle.inference.process import EngineProcess
 
-    folder = find_folder(model, root)
+    if pooling not in (None, "mean", "last"):
+        raise ConfigError(f"--pooling: '{pooling}' is unknown; try mean or last")
+    if quantise not in (None, "fp8"):
+        raise ConfigError(f"--quantise: '{quantise}' is unknown; try fp8")
+    folder = find_model(model, root)
     config = resolve(EngineConfig, {}, overrides or [])
     place = tokenizer_folder(folder)
     tokenizer = Tokenizer.load(place) if (place / "tokenizer.json").is_file() else None
     chat = chat_template(template, folder)
-    engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or [])))
+    guesses = None if draft is None else find_model(draft, root)
+    engine = EngineProcess(partial(make_engine, folder, config, device, dtype, list(imports or []), guesses, quantise))
     try:
-        _listen(engine, name or folder.resolve().name, tokenizer, chat, (host, port), key, waiting)
+        _listen(engine, name or folder.resolve().name, tokenizer, chat, (host, port), key, waiting, pooling)
     finally:
         engine.stop()
 
 
-def make_engine(folder: Path, config: Any, device: str, dtype: str, imports: list[str]) -> "Engine":
-    """The engine of a model folder; in its own process."""
-    import treadle
+def make_engine(
+    folder: Path,
+    config: Any,
+    device: str,
+    dtype: str,
+    imports: list[str],
+    draft: Path | None = None,
+    quantise: str | None = None,
+) -> "Engine":
+    """The engine of a model folder, and of the folder of a model that guesses; in its own process."""
+    from treadle.api import load
+    from treadle.inference import quantised
     from treadle.inference.engine import Engine
 
-    loaded, tokenizer = treadle.load(folder, device=device, dtype=dtype_named(dtype), imports=imports)
-    return Engine(loaded, config, eos=None if tokenizer is None else tokenizer.eos_id)
+    options: dict[str, Any] = {"device": device, "dtype": dtype_named(dtype), "imports": imports}
+    loaded, tokenizer = load(folder, **options)
+    if quantise is not None:
+        quantised.quantise(loaded)
+    if draft is None:
+        return Engine(loaded, config, tokenizer=tokenizer)
+    guesses, other = load(draft, **options)
+    if tokenizer is not None and (other is None or other.fingerprint != tokenizer.fingerprint):
+        raise ConfigError(f"--draft: {draft} has another tokenizer than {folder}; take a model of the same one")
+    return Engine(loaded, config, tokenizer=tokenizer, draft=guesses)
 
 
-def _listen(
-    engine: Any, name: str, tokenizer: Any, chat: Any, address: tuple[str, int], key: str | None, waiting: int
-) -> None:
+def _listen(engine: Any, name: str, tokenizer: Any, chat: Any, address: tuple[str, int], *limits: Any) -> None:
+    """limits: the rest of `Serving`, in its order."""
     import asyncio
 
     import uvicorn
 
-    from treadle.inference.server import Serving, make_app
+    from treadle.inference.answer import Serving
+    from treadle.inference.server import make_app
 
     class Server(uvicorn.Server):
         """Takes no further requests once it is told to stop, and waits for those that run."""
@@ -102,7 +136,7 @@ def _listen(
     async def run() -> None:
         typer.echo(f"loading {name} ...")
         length = await engine.start()
-        serving = Serving(name, engine, tokenizer, chat, length, key, waiting)
+        serving = Serving(name, engine, tokenizer, chat, length, *limits)
         options: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 600}
         server = Server(uvicorn.Config(make_app(serving), *address, **options))
         server.serving = serving

@@ -11,12 +11,12 @@ from treadle.config.load import import_all
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import CheckpointError
 from treadle.families import checkpoint as published
-from treadle.nn.store import SPEC_FILE, build_meta, cast, load_model
+from treadle.nn.store import FINAL, SPEC_FILE, build_meta, cast, load_model, model_folder
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.train.checkpoint import CHECKPOINTS, Checkpointer
 from treadle.train.config import CheckpointConfig
 
-FINAL, TOKENIZER = "final", "tokenizer"
+TOKENIZER = "tokenizer"
 
 
 def load(
@@ -55,11 +55,6 @@ def import_blocks(path: Path, imports: Sequence[str] = ()) -> None:
         if recipe.is_file():
             import_all(names(read_yaml(recipe).get("imports"), "imports", str(recipe)), str(recipe))
             break
-
-
-def model_folder(path: Path) -> Path | None:
-    """Where the `model.yaml` and the weights of a folder are: in itself or in `final`; None if there are none."""
-    return next((folder for folder in (path, path / FINAL) if (folder / SPEC_FILE).is_file()), None)
 
 
 def tokenizer_folder(path: Path) -> Path:

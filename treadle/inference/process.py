@@ -6,6 +6,7 @@ The two exchange messages over a pipe: requests and aborts one way, new tokens o
 import asyncio
 import contextlib
 import multiprocessing
+import queue
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -13,9 +14,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from torch import Tensor
+
 from treadle.errors import TreadleError
 from treadle.inference.engine import Engine
 from treadle.inference.request import FinishReason, Logprob, Request, Sampling, Status
+from treadle.inference.states import POOLED
 
 
 class EngineDied(TreadleError):
@@ -24,23 +28,29 @@ class EngineDied(TreadleError):
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of a request. prompt_logprobs come with the first update, finish with the last."""
+    """What is new of a request. prompt_logprobs come with the first update, finish and pooled with the last."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     finish: FinishReason | None = None
     cached: int = 0
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is: requests that run and wait, preemptions so far, the share of cache that is held."""
+    """How busy an engine is: requests that run and wait, preemptions so far, the share of cache that is held.
+
+    proposed, accepted: tokens that were guessed so far, and those that were right.
+    """
 
     running: int = 0
     waiting: int = 0
     preemptions: int = 0
     cache: float = 0.0
+    proposed: int = 0
+    accepted: int = 0
 
 
 class EngineProcess:
@@ -55,7 +65,7 @@ class EngineProcess:
         there.close()
         self._queues: dict[int, asyncio.Queue[Update | Exception]] = {}
         self._numbers = iter(range(1 << 62))
-        self._lock = threading.Lock()
+        self._outbox = queue.SimpleQueue[Any]()  # a full pipe blocks its own thread, not the event loop
         self.load, self.error = Load(), ""
 
     async def start(self) -> int:
@@ -67,7 +77,8 @@ class EngineProcess:
             raise EngineDied("the engine's process ended before it was ready; its own error is above") from None
         if isinstance(ready, Exception):
             raise ready
-        threading.Thread(target=self._listen, daemon=True).start()
+        for loop in (self._listen, self._send):
+            threading.Thread(target=loop, daemon=True).start()
         return int(ready)
 
     @property
@@ -81,12 +92,14 @@ class EngineProcess:
 
     async def generate(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Update, None]:
         """Updates until the request ends. Whoever stops listening aborts it. Raises what `Engine.add` raises."""
-        number, queue = next(self._numbers), asyncio.Queue[Update | Exception]()
-        self._queues[number] = queue
+        if self.error:
+            raise EngineDied(self.error)
+        number, news = next(self._numbers), asyncio.Queue[Update | Exception]()
+        self._queues[number] = news
         try:
-            self._send(("add", number, prompt, sampling))
+            self._outbox.put(("add", number, prompt, sampling))
             while True:
-                update = await queue.get()
+                update = await news.get()
                 if isinstance(update, Exception):
                     raise update
                 yield update
@@ -94,21 +107,17 @@ class EngineProcess:
                     return
         finally:
             del self._queues[number]
-            if self.alive:
-                with contextlib.suppress(EngineDied):
-                    self._send(("abort", number))  # of no effect on one that has ended
+            self._outbox.put(("abort", number))  # of no effect on one that has ended
 
     def stop(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
         self._process.join(10)
 
-    def _send(self, message: Any) -> None:
-        try:
-            with self._lock:
-                self._connection.send(message)
-        except (BrokenPipeError, OSError):
-            raise EngineDied(self.error or "the engine's process is gone") from None
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # the process is gone, which `_listen` says
+            while True:
+                self._connection.send(self._outbox.get())
 
     def _listen(self) -> None:
         while True:
@@ -129,8 +138,8 @@ class EngineProcess:
     def _died(self) -> None:
         self._process.join(5)
         self.error = f"the engine's process ended with code {self._process.exitcode}; its own error is in the log"
-        for queue in self._queues.values():
-            queue.put_nowait(EngineDied(self.error))
+        for news in self._queues.values():
+            news.put_nowait(EngineDied(self.error))
 
 
 def _work(connection: Connection, make: Callable[[], Engine]) -> None:
@@ -179,9 +188,11 @@ def _update(request: Request, told: int) -> Update:
         request.prompt_logprobs if first else [],
         request.finish,
         request.cached,
+        request.hidden.get(POOLED),
     )
 
 
 def _load(engine: Engine) -> Load:
-    scheduler = engine.scheduler
-    return Load(len(scheduler.running), len(scheduler.waiting), scheduler.preemptions, 1 - engine.tables.free)
+    scheduler, guesses = engine.scheduler, engine.speculation
+    counts = (0, 0) if guesses is None else (guesses.proposed, guesses.accepted)
+    return Load(len(scheduler.running), len(scheduler.waiting), scheduler.preemptions, 1 - engine.tables.free, *counts)

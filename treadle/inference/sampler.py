@@ -1,7 +1,6 @@
 """Tokens from scores: penalties, temperature, filters, and a draw that depends on nothing but the request itself.
 
-A token is drawn by Gumbel's trick: the largest of score / temperature + g, with g = -log(-log(u)) and u a hash of the
-request's seed, the position and the token. So a seed gives the same text in any batch, on any device, at any time.
+See `treadle.kernels.draw` for the draw: a seed gives the same text in any batch, on any device, at any time.
 
 R requests, S slots, V vocabulary.
 """
@@ -13,9 +12,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from treadle import kernels
+from treadle.inference.constrained import constrained
 from treadle.inference.request import Logprob, Request, Sampling
+from treadle.kernels.draw import gumbel
 
 NEVER = float("-inf")
+ALWAYS_RARE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ class Sampled:
 
     def to_host(self) -> "Sampled":
         """Copies in pinned memory, on their way."""
+        columns = [getattr(self, f.name) for f in fields(self)]
+        return Sampled(*(None if x is None else to_host(x) for x in columns))  # type: ignore[arg-type]
 
-        def copy(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
-        return Sampled(*(copy(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
+def to_host(x: Tensor) -> Tensor:
+    """A copy in pinned memory, on its way."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def described(logits_RV: Tensor, tokens_R: Tensor, most: int) -> Sampled:
@@ -62,6 +65,15 @@ def described(logits_RV: Tensor, tokens_R: Tensor, most: int) -> Sampled:
         return Sampled(tokens_R, logprobs_R)
     top = logits_RV.topk(min(most, logits_RV.shape[-1]), dim=-1)
     return Sampled(tokens_R, logprobs_R, top.indices, top.values - norm_R1)
+
+
+def plain_from(request: Request) -> int:
+    """The position from which on a request's tokens are drawn from its scores as they are, by temperature alone."""
+    asked = request.sampling
+    filtered = asked.top_k or asked.top_p < 1 or asked.min_p > 0
+    if filtered or penalised(asked) or asked.logit_bias or asked.logprobs or request.matcher is not None:
+        return ALWAYS_RARE
+    return len(request.prompt) + asked.min_tokens if asked.min_tokens and request.ends else 0
 
 
 class Sampler:
@@ -78,10 +90,15 @@ class Sampler:
 
     def draw(self, logits_RV: Tensor, requests: Sequence[Request]) -> Sampled:
         """The next token of each request.  logits_RV: any float dtype; not changed."""
-        logits_RV = logits_RV.float()
         slots_R = self._tensor([request.place for request in requests], torch.int64)
         asked = [request.sampling for request in requests]
-        scores_RV = self._shifted(logits_RV, requests, slots_R)
+        if any(sampling.temperature for sampling in asked) and all(map(_is_plain, requests)):
+            temperatures_R = self._tensor([sampling.temperature for sampling in asked])
+            tokens_R, logprobs_R = kernels.draw(logits_RV, temperatures_R, *self._seeds(requests))
+            self.latest_S[slots_R] = tokens_R
+            return Sampled(tokens_R, logprobs_R)
+        logits_RV = logits_RV.float()
+        scores_RV = constrained(self._shifted(logits_RV, requests, slots_R), requests)
         tokens_R = self._choose(scores_RV, requests, asked)
         self.latest_S[slots_R] = tokens_R
         if self._counts_SV is not None and self._seen_SV is not None:
@@ -95,17 +112,15 @@ class Sampler:
         temperature_R1 = self._tensor([sampling.temperature or 1.0 for sampling in asked])[:, None]
         filtered_RV = _filter(self, scores_RV / temperature_R1, asked)
         greedy_R = self._tensor([sampling.temperature == 0 for sampling in asked], torch.bool)
-        seeds_R = self._tensor([self._seed(request) for request in requests], torch.int64)
-        positions_R = self._tensor([request.length - 1 for request in requests], torch.int64)
-        gumbel_RV = -torch.log(-torch.log(uniform(seeds_R, positions_R, self.vocabulary)))
+        noisy_RV = filtered_RV + gumbel(*self._seeds(requests), self.vocabulary)
         # Filtering and noise leave the greedy rows alone.
-        return torch.where(greedy_R[:, None], scores_RV, filtered_RV + gumbel_RV).argmax(-1)
+        return torch.where(greedy_R[:, None], scores_RV, noisy_RV).argmax(-1)
 
     def _shifted(self, logits_RV: Tensor, requests: Sequence[Request], slots_R: Tensor) -> Tensor:
         """The scores after what the request says about single tokens: penalties, bias, and ends that come too early."""
-        penalised = [_penalised(request.sampling) for request in requests]
-        if any(penalised):
-            logits_RV = self._penalise(logits_RV, requests, penalised, slots_R)
+        wanted = [penalised(request.sampling) for request in requests]
+        if any(wanted):
+            logits_RV = self._penalise(logits_RV, requests, wanted, slots_R)
         rows: list[int] = []
         tokens: list[int] = []
         values: list[float] = []
@@ -122,12 +137,12 @@ class Sampler:
         return logits_RV
 
     def _penalise(
-        self, logits_RV: Tensor, requests: Sequence[Request], penalised: Sequence[bool], slots_R: Tensor
+        self, logits_RV: Tensor, requests: Sequence[Request], wanted: Sequence[bool], slots_R: Tensor
     ) -> Tensor:
         counts_SV, seen_SV = self._tallies()
-        for request, wanted in zip(requests, penalised, strict=True):
+        for request, one in zip(requests, wanted, strict=True):
             slot = request.place
-            if wanted and self._counted.get(slot) is not request:
+            if one and self._counted.get(slot) is not request:
                 self._count(request, counts_SV[slot], seen_SV[slot])
                 self._counted[slot] = request
         repetition_R1, presence_R1, frequency_R1 = (
@@ -154,7 +169,12 @@ class Sampler:
         seen_V[prompt] = True
         seen_V[outputs] = True
 
-    def _seed(self, request: Request) -> int:
+    def _seeds(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """And the positions of the tokens that are drawn.  -> seeds_R, positions_R"""
+        seeds_R = self._tensor([self.seed(request) for request in requests], torch.int64)
+        return seeds_R, self._tensor([request.length - 1 for request in requests], torch.int64)
+
+    def seed(self, request: Request) -> int:
         seed = self._salt ^ request.number if request.sampling.seed is None else request.sampling.seed
         return (seed + (1 << 63)) % (1 << 64) - (1 << 63)  # any integer, as one of 64 bits
 
@@ -182,22 +202,9 @@ def _filter(sampler: Sampler, scores_RV: Tensor, asked: Sequence[Sampling]) -> T
     return torch.full_like(scores_RV, NEVER).scatter(1, order_RV, sorted_RV.masked_fill(dropped_RV, NEVER))
 
 
-def uniform(seeds_R: Tensor, positions_R: Tensor, vocabulary: int) -> Tensor:
-    """Numbers in (0, 1) for each token, from SplitMix64's finaliser (Steele et al. 2014).  -> float32 u_RV
-
-    Integers wrap around in two's complement, so that every device computes the same.
-    """
-    token_V = torch.arange(vocabulary, device=seeds_R.device)
-    start_R = _mix(_mix(seeds_R) + positions_R * -7046029254386353131)
-    x_RV = _mix(start_R[:, None] + token_V * -7046029254386353131)
-    return ((x_RV >> 41 & 0x7FFFFF).float() + 0.5) * 2**-23
+def _is_plain(request: Request) -> bool:
+    return request.length - 1 >= plain_from(request)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
-    return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def _penalised(sampling: Sampling) -> bool:
+def penalised(sampling: Sampling) -> bool:
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)

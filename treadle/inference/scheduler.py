@@ -1,13 +1,14 @@
 """Who computes what in the next step: continuous batching (Orca, OSDI 2022), prompts in chunks (arXiv:2308.16369)."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from treadle.inference.request import Request, Status
 from treadle.inference.tables import Tables
 
+Drafts = Callable[[Sequence[Request], int], Mapping[Request, Sequence[int]]]  # see `Speculation.drafts`
 Policy = Literal["throughput", "latency"]
 
 PATIENCE = 16  # steps with prompts only, after which those that are generating get one
@@ -16,12 +17,16 @@ WATERMARK = 0.01  # share of pages that is kept for those that are running when 
 
 @dataclass(frozen=True)
 class Work:
-    """A request's part of a step: tokens begin ... end; `samples` if the next token is drawn after them."""
+    """A request's part of a step: tokens begin ... end; `samples` if the next token is drawn after them.
+
+    draft: the last of these tokens are guesses; after each of them, and the token before, one is drawn.
+    """
 
     request: Request
     begin: int
     end: int
     samples: bool
+    draft: Sequence[int] = ()
 
 
 class Scheduler:
@@ -38,6 +43,7 @@ class Scheduler:
         self._slots = list(range(slots - 1, -1, -1))
         self._prompts_only = 0
         self.preemptions = 0
+        self.drafts: Drafts = lambda requests, room: {}
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -61,21 +67,27 @@ class Scheduler:
         return sorted(work, key=lambda part: part.end - part.begin > 1)
 
     def _schedule(self) -> list[Work]:
-        ready = [request for request in self.running if request.pending and not request.exhausted]
+        ready = [request for request in self.running if request.ready]
         if self.policy == "latency":
             work = self._generate(ready)
-            return work + self._prompts(ready, self.budget - len(work))
+            return work + self._prompts(ready, self.budget - sum(part.end - part.begin for part in work))
         generating = any(request.pending == 1 for request in ready)
         work = [] if generating and self._prompts_only >= PATIENCE else self._prompts(ready, self.budget)
         self._prompts_only = self._prompts_only + 1 if work and generating else 0
         return work or self._generate(ready)
 
     def _generate(self, ready: Iterable[Request]) -> list[Work]:
-        """One token each, for those that have all but one."""
-        work = []
-        for request in [request for request in ready if request.pending == 1][: self.budget]:
-            if request.status is Status.RUNNING and self._make_room(request):
-                work.append(self._move(request, 1))
+        """One token each, for those that have all but one, and what is guessed to follow it as far as there is room."""
+        chosen = [request for request in ready if request.pending == 1][: self.budget]
+        drafts, work = self.drafts(chosen, self.budget - len(chosen)), []
+        for request in chosen:
+            if request.status is not Status.RUNNING:
+                continue
+            draft = drafts.get(request, ())
+            if draft and not self.tables.grow(request, request.computed + 1 + len(draft)):
+                draft = ()
+            if self._make_room(request):
+                work.append(self._move(request, 1, draft))
         return work
 
     def _make_room(self, request: Request) -> bool:
@@ -129,11 +141,12 @@ class Scheduler:
             budget -= chunk
         return work
 
-    def _move(self, request: Request, tokens: int) -> Work:
+    def _move(self, request: Request, tokens: int, draft: Sequence[int] = ()) -> Work:
         begin = request.computed
         request.computed += tokens
         samples = request.computed == request.length
         self.tables.advance(request)
         if samples:
             request.in_flight += 1
-        return Work(request, begin, request.computed, samples)
+        request.computed += len(draft)
+        return Work(request, begin, request.computed, samples, draft)

@@ -16,6 +16,7 @@ class Tables:
         """
         self.windows, self.page, self.reuse = list(windows), page, reuse
         self.pools = [PagePool(count) for count in counts]
+        self._all_whole = all(window is None for window in windows)
 
     @property
     def free(self) -> float:
@@ -26,6 +27,10 @@ class Tables:
         """Whether a request of `length` tokens, `chunk` at a time, fits if it is alone."""
         return all(self._most(i, length, chunk) <= pool.count for i, pool in enumerate(self.pools))
 
+    def together(self, length: int, most: int) -> int:
+        """How many requests of `length` tokens hold all that they need at the same time, no more than `most`."""
+        return min([most, *(pool.count // self._most(kind, length, 1) for kind, pool in enumerate(self.pools))])
+
     def _most(self, kind: int, length: int, chunk: int) -> int:
         window = self.windows[kind]
         whole = -(-length // self.page)
@@ -33,8 +38,8 @@ class Tables:
 
     def adopt(self, request: Request) -> None:
         """Begin with the pages that others have computed, at most so many that one token is left to compute."""
-        request.pages, request.names, request.computed = [[] for _ in self.pools], [], 0
-        if not self.reuse or request.sampling.prompt_logprobs or not self.pools:
+        request.pages, request.published, request.computed = [[] for _ in self.pools], 0, 0
+        if not self.reuse or request.whole or not self.pools:
             return
         names = list(self._names(request, (request.length - 1) // self.page))
         while names and not self._complete(names):
@@ -44,14 +49,13 @@ class Tables:
         for kind, pool in enumerate(self.pools):
             first = self._first(kind, len(names) * self.page)
             request.pages[kind] = [NOBODY] * first + [pool.share(name) for name in names[first:]]
-        request.names, request.computed = names, len(names) * self.page
+        request.published, request.computed = len(names), len(names) * self.page
 
     def _names(self, request: Request, pages: int) -> Iterator[bytes]:
         """Of the request's first pages, as long as layers that see everything have them."""
         whole = [pool for pool, window in zip(self.pools, self.windows, strict=True) if window is None]
-        name = b""
         for index in range(pages):
-            name = chain(name, self._tokens(request, index))
+            name = self._name(request, index)
             if not all(pool.known(name) for pool in whole):
                 return
             yield name
@@ -69,9 +73,13 @@ class Tables:
         window = self.windows[kind]
         return 0 if window is None else max(0, computed - window + 1) // self.page
 
-    def _tokens(self, request: Request, index: int) -> list[int]:
-        span = range(index * self.page, (index + 1) * self.page)
-        return [token for position in span if (token := request.token(position)) is not None]
+    def _name(self, request: Request, index: int) -> bytes:
+        """Of a page all of whose tokens are known; those before it have been named."""
+        if index == len(request.names):
+            span = range(index * self.page, (index + 1) * self.page)
+            tokens = [token for position in span if (token := request.token(position)) is not None]
+            request.names.append(chain(request.names[-1] if index else b"", tokens))
+        return request.names[index]
 
     def grow(self, request: Request, length: int) -> bool:
         """Take pages for the request's first `length` tokens. False, and nothing taken, if there are not enough.
@@ -79,6 +87,8 @@ class Tables:
         Lets go of those that no window reaches from the next token on: it is the one time when no step that was
         launched, nor the one that is being made up, reads them.
         """
+        if self._all_whole and request.pages and length <= len(request.pages[0]) * self.page:
+            return True  # what nearly every token finds
         self._trim(request)
         wanted = [max(0, -(-length // self.page) - len(pages)) for pages in request.pages]
         if any(number > pool.free for number, pool in zip(wanted, self.pools, strict=True)):
@@ -91,12 +101,12 @@ class Tables:
         """After `computed` has grown: let others find full pages, even in the step that will fill them."""
         # A token in flight has no value here yet, so that its page waits for the next time.
         known = min(request.computed, request.length - request.in_flight)
-        while self.reuse and (len(request.names) + 1) * self.page <= known:
-            index = len(request.names)
-            request.names.append(chain(request.names[-1] if index else b"", self._tokens(request, index)))
+        while self.reuse and (request.published + 1) * self.page <= known:
+            index, name = request.published, self._name(request, request.published)
             for pages, pool in zip(request.pages, self.pools, strict=True):
                 if pages[index] != NOBODY:
-                    pool.publish(pages[index], request.names[index])
+                    pool.publish(pages[index], name)
+            request.published += 1
 
     def _trim(self, request: Request) -> None:
         for kind, (pages, pool) in enumerate(zip(request.pages, self.pools, strict=True)):
@@ -108,7 +118,7 @@ class Tables:
         """Let go of all pages. The request may begin anew."""
         for pages, pool in zip(request.pages, self.pools, strict=False):
             pool.release(pages)
-        request.pages, request.names, request.computed = [], [], 0
+        request.pages, request.published, request.computed = [], 0, 0
 
     def forget(self) -> None:
         """Nothing computed so far is of use to requests to come."""

@@ -1,7 +1,10 @@
 """Operations with kernels of their own. Blocks call these; docs/kernels.md tells which implementation runs."""
 
 from treadle.kernels.adamw import adamw_step
+from treadle.kernels.causal_attention import CAUSAL_ATTENTION
+from treadle.kernels.draw import draw
 from treadle.kernels.expert_rows import combine_rows, spread_rows
+from treadle.kernels.fused_linear import fused_linear
 from treadle.kernels.gates import gated_activation
 from treadle.kernels.log_probabilities import log_probabilities
 from treadle.kernels.norms import add_rms_norm, layer_norm, rms_norm
@@ -16,12 +19,16 @@ from treadle.kernels.operation import (
     name_from_environment,
     use,
 )
+from treadle.kernels.paged_attention import PAGED_ATTENTION
 from treadle.kernels.quantise import quantise_rows
 from treadle.kernels.rope import rope
+from treadle.kernels.store_rows import store_rows
 
 __all__ = [
     "BACKENDS",
+    "CAUSAL_ATTENTION",
     "OPERATIONS",
+    "PAGED_ATTENTION",
     "Choice",
     "Floor",
     "Operation",
@@ -29,7 +36,9 @@ __all__ = [
     "add_rms_norm",
     "choose",
     "combine_rows",
+    "draw",
     "explain",
+    "fused_linear",
     "gated_activation",
     "layer_norm",
     "log_probabilities",
@@ -37,6 +46,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "spread_rows",
+    "store_rows",
     "use",
 ]
 

@@ -16,7 +16,7 @@ BLOCK, WARPS = 16384, 32  # so many threads that a multiprocessor holds one prog
 
 
 def cross_entropy_rows(
-    logits_CV: Tensor, targets_C: Tensor, softcap: float | None, z_loss: float, need_gradient: bool
+    logits_CV: Tensor, targets_C: Tensor, softcap: float | None, z_loss: float, smoothing: float, need_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_cross_entropy._loss_and_gradient`, whose result it has, but the logits are overwritten if need be."""
     C, V = logits_CV.shape
@@ -28,8 +28,10 @@ def cross_entropy_rows(
         penalty_C,
         softcap or 1.0,
         z_loss,
+        smoothing,
         V,
         CAPPED=softcap is not None,
+        SMOOTHED=smoothing > 0,
         GRADIENT=need_gradient,
         BLOCK=min(BLOCK, triton.next_power_of_2(V)),
         num_warps=WARPS,
@@ -45,8 +47,10 @@ def _rows(
     penalty_ptr,
     softcap,
     z_loss,
+    smoothing,
     V,
     CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,16 +60,20 @@ def _rows(
     counts = target >= 0
     picked = _capped(tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32), softcap, CAPPED)
     columns = tl.arange(0, BLOCK)
-    largest, total = float("-inf"), 0.0
+    largest, total, scores = float("-inf"), 0.0, 0.0
     for start in range(0, V, BLOCK):
         z = tl.load(logits_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
         z = _capped(z, softcap, CAPPED)
         if CAPPED:  # of minus infinity, it is finite
             z = tl.where(start + columns < V, z, float("-inf"))
+        if SMOOTHED:
+            scores += tl.sum(tl.where(start + columns < V, z, 0.0))
         higher = tl.maximum(largest, tl.max(z))
         total = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher))
         largest = higher
     lse = largest + tl.log(total)
+    if SMOOTHED:
+        picked += smoothing * (scores / V - picked)
     penalty = tl.where(counts, z_loss * lse * lse, 0.0)
     tl.store(penalty_ptr + row, penalty)
     tl.store(loss_ptr + row, tl.where(counts, lse - picked, 0.0) + penalty)
@@ -74,7 +82,9 @@ def _rows(
         for start in range(0, V, BLOCK):
             inside = start + columns < V
             z = _capped(tl.load(logits_ptr + start + columns, mask=inside).to(tl.float32), softcap, CAPPED)
-            dz = tl.exp(z - lse) * scale - tl.where(start + columns == target, 1.0, 0.0)
+            dz = tl.exp(z - lse) * scale - tl.where(start + columns == target, 1.0 - smoothing, 0.0)
+            if SMOOTHED:
+                dz -= tl.where(counts, smoothing / V, 0.0)
             if CAPPED:
                 dz *= 1 - (z / softcap) * (z / softcap)
             tl.store(logits_ptr + start + columns, dz.to(logits_ptr.dtype.element_ty), mask=inside)

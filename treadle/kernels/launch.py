@@ -14,6 +14,12 @@ def rows_of(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on, where part of a flat buffer may not begin: x, or a copy of it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def power_of_two(x: int) -> int:
     """The smallest that is not less: what the sizes of Triton's blocks have to be."""
     return 1 << max(0, x - 1).bit_length()

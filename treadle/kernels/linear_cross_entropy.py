@@ -26,6 +26,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    smoothing: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of -log softmax(x W^T)[target] + z_loss * logsumexp^2; and its second part alone, detached.
@@ -35,12 +36,13 @@ def linear_cross_entropy(
     targets_T: int64, -100 where a token does not count.
     softcap: logits become softcap * tanh(logits / softcap) first.
     z_loss: weight of the squared log partition function (PaLM, arXiv:2204.02311).
+    smoothing: share of each target that is spread evenly over the vocabulary (label smoothing, arXiv:1512.00567).
     chunk: tokens at a time; None picks one by memory. Returns float32 scalars (float64 if x is).
     """
     chunk = chunk or chunk_tokens(x_TD.device, weight_VD.shape[0])
     if not torch.is_grad_enabled():  # a Function does not see no_grad: it would form the gradients all the same
         x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, softcap, z_loss, chunk)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, (softcap, z_loss, smoothing), chunk)  # type: ignore[no-any-return]
 
 
 def chunk_tokens(device: torch.device, vocabulary: int) -> int:
@@ -54,7 +56,7 @@ class _LinearCrossEntropy(autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, softcap: float | None, z_loss: float, chunk: int
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, options: tuple[Any, ...], chunk: int
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         cast_VD = weight_VD.to(x_TD.dtype)
@@ -67,7 +69,7 @@ class _LinearCrossEntropy(autograd.Function):
         for start in range(0, x_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_CV = x_TD[rows] @ cast_VD.t()
-            chunk_loss, chunk_penalty, dlogits_CV = step(logits_CV, targets_T[rows], softcap, z_loss, need)
+            chunk_loss, chunk_penalty, dlogits_CV = step(logits_CV, targets_T[rows], *options, need)
             loss += chunk_loss
             penalty += chunk_penalty
             if dx_TD is not None:
@@ -86,7 +88,7 @@ class _LinearCrossEntropy(autograd.Function):
         # In place: the saved gradients are this node's own and a second backward through it would be scaled twice.
         dx_TD = None if dx_TD is None else torch.mul(dx_TD, scale, out=dx_TD)
         dweight_VD = None if dweight_VD is None else dweight_VD.mul_(scale).to(ctx.weight_dtype)
-        return dx_TD, dweight_VD, None, None, None, None
+        return dx_TD, dweight_VD, None, None, None
 
 
 def add_outer_products(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
@@ -100,7 +102,7 @@ def add_outer_products(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> No
 
 
 def _loss_and_gradient(
-    logits_CV: Tensor, targets_C: Tensor, softcap: float | None, z_loss: float, need_gradient: bool
+    logits_CV: Tensor, targets_C: Tensor, softcap: float | None, z_loss: float, smoothing: float, need_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a chunk, its z-loss part, and the gradient of its logits in their dtype (the logits if not needed)."""
     z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
@@ -112,13 +114,18 @@ def _loss_and_gradient(
     counts_C = targets_C != IGNORED
     index_C1 = targets_C.clamp(min=0)[:, None]
     picked_C = z_CV.gather(1, index_C1)[:, 0]
+    if smoothing:
+        picked_C = torch.lerp(picked_C, z_CV.mean(-1), smoothing)
     penalty = torch.where(counts_C, z_loss * lse_C.square(), 0.0).sum()
     loss = torch.where(counts_C, lse_C - picked_C, 0.0).sum() + penalty
     if not need_gradient:
         return loss, penalty, logits_CV
     softmax_scale_C1 = torch.where(counts_C, 1 + 2 * z_loss * lse_C, 0.0)[:, None]
     dz_CV = (z_CV - lse_C[:, None]).exp_().mul_(softmax_scale_C1)
-    dz_CV.scatter_add_(1, index_C1, -counts_C[:, None].to(dz_CV.dtype))
+    hit_C1 = counts_C[:, None].to(dz_CV.dtype)
+    if smoothing:
+        dz_CV -= hit_C1 * (smoothing / z_CV.shape[1])
+    dz_CV.scatter_add_(1, index_C1, hit_C1 * (smoothing - 1))
     if softcap is not None and tanh_CV is not None:
         dz_CV = dz_CV * (1 - tanh_CV.square())
     return loss, penalty, dz_CV.to(logits_CV.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treadle.kernels import tables
+from treadle.kernels import mojo, tables
 from treadle.kernels.operation import BACKENDS, TORCH, Floor, Gradient, Operation, Shape, use
 
 # An implementation may round in other places than the definition does, but not more often.
@@ -128,17 +128,23 @@ def machine_rates() -> Floor:
     return Floor(2 * a.numel() / copy * 1e6, 2 * 8192**3 / matmul * 1e6)
 
 
-def table(rows: Iterable[tables.Row]) -> Iterator[str]:
-    """Lines of a table in Markdown. `of floor`: the share of the hardware's rate that the fastest of ours reaches."""
-    yield "| operation | dtype | size | floor, us | " + " | ".join(BACKENDS) + " | of floor | compiled | eager |"
-    yield "|---" * (7 + len(BACKENDS)) + "|"
+def table(rows: Iterable[tables.Row], findings: Iterable[Finding] = ()) -> Iterator[str]:
+    """Lines of a table in Markdown: every backend that was timed, beside PyTorch, as it is and compiled.
+
+    error: the largest against float64, of the checks in the same dtype. of floor: the share of the hardware's rate.
+    """
+    worst: dict[tuple[str, str, str], float] = {}
+    for finding in findings:
+        key = finding.operation, finding.dtype, finding.backend
+        worst[key] = max(worst.get(key, 0.0), finding.error)
+    yield "| operation | dtype | size | floor, us | backend | error | us | of floor | of compiled |"
+    yield "|---" * 9 + "|"
     for row in rows:
-        ours = [row.microseconds.get(name) for name in BACKENDS]
-        best = min((time for time in ours if time is not None), default=None)
-        cells = ["-" if time is None else f"{time:.1f}" for time in (*ours, row.compiled, row.microseconds[TORCH])]
-        cells.insert(len(BACKENDS), "-" if best is None else f"{row.floor / best:.0%}")
         about = f"| {row.operation} | {row.dtype} | {row.rows} x {row.columns} | {row.floor:.1f} | "
-        yield about + " | ".join(cells) + " |"
+        for name, time in {**row.microseconds, "compiled": row.compiled}.items():
+            error = worst.get((row.operation, row.dtype, name))
+            cells = "-" if error is None else f"{error:.1e}", f"{time:.1f}", f"{row.floor / time:.0%}"
+            yield about + " | ".join((name, *cells, f"{time / row.compiled:.2f}")) + " |"
 
 
 def _bound(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
@@ -179,5 +185,6 @@ def _burst(calls: list[Callable[[], Any]], repeats: int) -> float:
 
 def machine() -> dict[str, str]:
     """What times were measured with."""
-    versions = {name: importlib.metadata.version(name) for name in BACKENDS if find_spec(name)}
+    versions = {name: importlib.metadata.version(name) for name in BACKENDS if name != "mojo" and find_spec(name)}
+    versions["mojo"] = mojo.manifest()["versions"]["mojo"]  # that compiled the kernels, here or not
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **versions}

@@ -30,9 +30,10 @@ from treadle.kernels import tables
 TORCH = "torch"  # the definition itself, differentiated by PyTorch
 BACKENDS = {  # in the order in which they are taken where nothing was measured; how to get them
     "triton": "pip install 'treadle[triton]' (PyTorch for CUDA brings it)",
-    "tilelang": "pip install 'treadle[tilelang]'",
-    "mojo": "pip install 'treadle[mojo]'",
+    "tilelang": "pip install 'treadle[tilelang]', and CUDA's nvcc",
+    "mojo": "pip install 'treadle[mojo]', for the CPU; a Hopper GPU needs nothing",
 }
+FOR_HOPPER = ("tilelang", "mojo")
 OPERATIONS: dict[str, "Operation"] = {}
 
 # Bytes of a call from which on, unmeasured, a kernel of ours is taken: what a GPU moves while the host launches one.
@@ -76,6 +77,7 @@ class Operation:
     checked, timed: such shapes, small and odd ones to check (in dtypes), those of training to time (in timed_dtypes).
     plain: what takes its place where it is not worthwhile, if that is less than the definition (which also returns
         what the backward wants to know).
+    unmeasured: bytes of a call from which on, where nothing was measured, a kernel of ours is taken.
     """
 
     name: str
@@ -90,12 +92,21 @@ class Operation:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     timed_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     plain: Callable[..., Any] | None = None
+    unmeasured: float = UNMEASURED
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
-        _library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(self.name, lambda *args: self.implementation(choose(self, *args).backend)(*args), _KEY)
-        torch.library.register_fake(f"treadle::{self.name}", self.fake, lib=_library)
+        self._register(self.name, lambda *args: self.implementation(choose(self, *args).backend)(*args))
+
+    def of(self, backend: str) -> Any:
+        """A second operator, `<name>_<backend>`, that runs this backend whatever is chosen for the first."""
+        self._register(f"{self.name}_{backend}", lambda *args: self.implementation(backend)(*args))
+        return getattr(torch.ops.treadle, f"{self.name}_{backend}")
+
+    def _register(self, name: str, run: Callable[..., Any]) -> None:
+        _library.define(name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, run, _KEY)
+        torch.library.register_fake(f"treadle::{name}", self.fake, lib=_library)
 
     def worthwhile(self, *args: Any) -> bool:
         """Whether to call the operator. If not, the definition takes its place, and PyTorch differentiates that.
@@ -120,13 +131,11 @@ class Operation:
             return f"no such backend.{nearest(backend, [TORCH, *BACKENDS])}"
         if find_spec(f"{self.module}_{backend}") is None:
             return "not written"
-        if not find_spec(backend):
-            return f"not installed: {BACKENDS[backend]}"
+        if (reason := missing(backend, args[0].device.type if args else None)) is not None:
+            return reason
         module = _module(self.module, backend)
         if not hasattr(module, self.name):
             return "not written"
-        if args and args[0].device.type != "cuda" and not interpreted(backend):
-            return f"its tensors are on {args[0].device.type}"
         return module.unsupported(*args) if args else None  # type: ignore[no-any-return]
 
     @cached_property
@@ -179,7 +188,7 @@ def choose(operation: Operation, *args: Any) -> Choice:
     """Which implementation computes this call. Raises ConfigError where a named one cannot."""
     # Of numbers nothing hangs on floats, such as a learning rate, of which there is another one at each step.
     kinds = ((a.shape, a.dtype, a.device.type) if isinstance(a, Tensor) else a for a in args if type(a) is not float)
-    key = (operation.name, *kinds)
+    key = (operation.name, torch.is_inference_mode_enabled(), *kinds)
     if key not in _chosen:
         _chosen[key] = _choose(operation, *args)
     return _chosen[key]
@@ -204,11 +213,31 @@ def _choose(operation: Operation, *args: Any) -> Choice:
     able = [name for name in BACKENDS if operation.unusable(name, *args) is None]
     row = tables.nearest_row(operation.name, args[0])
     if row is None:
-        large = operation.floor(*args).bytes >= UNMEASURED
+        able = [name for name in able if name not in FOR_HOPPER]  # only where they are known to be faster
+        if torch.is_inference_mode_enabled():
+            return Choice(able[0] if able else TORCH, "nothing was measured, and inference is short of launches")
+        large = operation.floor(*args).bytes >= operation.unmeasured
         reason = f"nothing was measured, and the call is {'large' if large else 'small'}"
         return Choice(able[0] if able and large else TORCH, reason)
     fastest = min((name for name in row.microseconds if name in (TORCH, *able)), key=row.microseconds.__getitem__)
     return Choice(fastest, f"the fastest at {row.rows} x {row.columns}: {row.microseconds[fastest]:.1f} us")
+
+
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def missing(backend: str, device: str | None = None) -> str | None:
+    """Why a backend does not run on a kind of device, or without one on none of this machine's; None if it does."""
+    if device == "cuda" and backend in FOR_HOPPER and not on_hopper():
+        return "its kernels are for Hopper GPUs (compute capability 9.0)"
+    if backend == "mojo" and device != "cpu" and on_hopper():
+        return None  # compiled, they come with the package
+    if not find_spec(backend):
+        return f"not installed: {BACKENDS[backend]}"
+    if device in (None, "cuda") or (device == "cpu" and (backend == "mojo" or interpreted(backend))):
+        return None
+    return f"its tensors are on {device}"
 
 
 def interpreted(backend: str) -> bool:

@@ -82,8 +82,9 @@ class _Rope(autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        found = torch.ops.treadle.rope_backward(*grads, *ctx.saved_tensors, *ctx.rest)
-        dweights = found[2:] if ctx.saved_tensors[0] is not None else (None, None)
+        saved = ctx.saved_tensors  # once: of recomputed ones there is no second time
+        found = torch.ops.treadle.rope_backward(*grads, *saved, *ctx.rest)
+        dweights = found[2:] if saved[0] is not None else (None, None)
         return *found[:2], *dweights, None, None, None, None, None
 
 

@@ -101,6 +101,7 @@ class Setting:
             compiled=compiled,
             tensor=layout.tensor,
             gathered=gathered,
+            exchanged=layout.context > 1 and layout.context_method == "ulysses",
             fp8=self.training.fp8,
             budget=mode.share if isinstance(mode, BudgetConfig) else 1.0,
         )

@@ -24,8 +24,8 @@ class Part:
     processes have whole, and those of experts, which may live apart (`expert`) and are cut as well.
 
     matrices: of all these, those that Muon steps; newton_schulz: FLOPs of one step of it on them. flops: of matmuls,
-    forward for each token; narrow: of those the ones that fp8 takes; mixing: of attention. travels: bf16 bytes of rows
-    that a token sends to experts, one way.
+    forward for each token; narrow: of those the ones that fp8 takes; mixing: of attention. flexible: only flex knows
+    it. travels: bf16 bytes of rows that a token sends to experts, one way.
     """
 
     cut: float = 0.0
@@ -37,6 +37,7 @@ class Part:
     narrow: float = 0.0
     mixing: float = 0.0
     head_dim: int = 128
+    flexible: bool = False
     travels: float = 0.0
 
     def here(self, tensor: int, expert: int = 1) -> float:
@@ -110,6 +111,7 @@ def _part(module: nn.Module, length: int) -> Part:
                 stack = parameter.shape[0] if parameter.ndim == 3 else 1
                 newton_schulz += stack * 5 * (4 * small * small * large + 2 * small**3)
     mixers: list[Any] = [m for m in module.modules() if hasattr(m, "mixing_flops")]
+    facts = [mixer.facts for mixer in mixers if hasattr(mixer, "facts")]
     mixing = sum(m.mixing_flops(length) for m in mixers)
     travels = sum(2.0 * m.gate_up.active * m.gate_up.weight.shape[-1] for m in module.modules() if isinstance(m, MoE))
     return Part(
@@ -118,5 +120,6 @@ def _part(module: nn.Module, length: int) -> Part:
         narrow=narrow,
         mixing=mixing,
         head_dim=max((max(m.head_dims) for m in mixers if hasattr(m, "head_dims")), default=128),
+        flexible=any(f.softcap is not None or f.alibi or f.sinks for f in facts),
         travels=travels,
     )

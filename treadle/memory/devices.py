@@ -1,18 +1,21 @@
 """What a device and its links reach: the constants that predictions of time rest on, each with where it comes from.
 
-Rates are what kernels reach over a whole training step, where the clock is lower than in a benchmark of one kernel: of
-the H200 measured (docs/benchmarks.md), of others the data sheet times the share that the H200 reaches of its own.
+Rates are what kernels reach that follow each other for a while, as in training, where the clock is lower than for one
+of them: of the H200 measured, of others the data sheet times the share that the H200 reaches of its own.
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from treadle.config import Config, resolve
 from treadle.errors import ConfigError
+from treadle.train.hardware import device_name
 
 
 class Device(Config):
@@ -31,7 +34,8 @@ class Device(Config):
     network_gbs: PositiveFloat = Field(45.0, description="to other machines, GB/s for each device")
     host_gbs: PositiveFloat = Field(50.0, description="to host memory, GB/s for each device")
     latency_us: PositiveFloat = Field(10.0, description="a collective takes at least, microseconds")
-    context_gib: PositiveFloat = Field(0.6, description="taken before the first tensor: CUDA context and kernels")
+    launch_us: PositiveFloat = Field(7.0, description="the host takes for an operation, microseconds")
+    context_gib: PositiveFloat = Field(0.7, description="taken before the first tensor: CUDA context and kernels")
 
 
 def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float, **others: Any) -> Device:
@@ -40,34 +44,36 @@ def _nvidia(name: str, memory: float, peak: float, bandwidth: float, link: float
         name=name,
         memory_gib=memory,
         peak_tflops=peak,
-        matmul_tflops=round(0.75 * peak),
-        attention_tflops=round(0.45 * peak),
-        attention_64_tflops=round(0.37 * peak),
-        bandwidth_tbs=round(0.89 * bandwidth, 2),
+        matmul_tflops=round(0.70 * peak),
+        attention_tflops=round(0.51 * peak),
+        attention_64_tflops=round(0.42 * peak),
+        bandwidth_tbs=round(0.88 * bandwidth, 2),
         link_gbs=0.8 * link,  # what NCCL's rings reach of NVLink
         **others,
     )
 
 
 DEVICES: dict[str, Device] = {
-    # Measured: matrix products and attention (head dim 64) of a step, a copy. Head dim 128: as in a benchmark of the
-    # kernel, 512 TFLOP/s, less what 64 loses from there (417) to the step. Links: data sheet, as below.
+    # Measured by `treadle plan --calibrate`; but links, which are the data sheet's.
     "h200": Device(
         name="h200",
         memory_gib=139.8,
         peak_tflops=989.4,
-        matmul_tflops=743,
-        fp8_tflops=1486,  # the data sheet's factor
-        attention_tflops=449,
-        attention_64_tflops=366,
-        bandwidth_tbs=4.27,
+        matmul_tflops=696,
+        fp8_tflops=1287,
+        attention_tflops=501,
+        attention_64_tflops=412,
+        bandwidth_tbs=4.24,
         link_gbs=360,
+        host_gbs=55,
+        launch_us=7.4,
+        context_gib=0.69,
     ),
-    "h100": _nvidia("h100", 79.1, 989.4, 3.35, 450, fp8_tflops=1484),
+    "h100": _nvidia("h100", 79.1, 989.4, 3.35, 450, fp8_tflops=1287),
     "a100": _nvidia("a100", 79.1, 312, 2.04, 300, host_gbs=25),
-    "b200": _nvidia("b200", 178.0, 2250, 8.0, 900, fp8_tflops=3376),
-    "l40s": _nvidia("l40s", 44.4, 362, 0.864, 32, fp8_tflops=544, host_gbs=25),
-    "rtx4090": _nvidia("rtx4090", 23.5, 165.2, 1.008, 32, fp8_tflops=248, per_node=1, host_gbs=25),
+    "b200": _nvidia("b200", 178.0, 2250, 8.0, 900, fp8_tflops=2927),
+    "l40s": _nvidia("l40s", 44.4, 362, 0.864, 32, fp8_tflops=471, host_gbs=25),
+    "rtx4090": _nvidia("rtx4090", 23.5, 165.2, 1.008, 32, fp8_tflops=215, per_node=1, host_gbs=25),
     "rtx3090": _nvidia("rtx3090", 23.5, 71, 0.936, 32, per_node=1, host_gbs=25),
     # One core of a server: what float32 matmuls of a few hundred rows reach.
     "cpu": Device(
@@ -85,12 +91,24 @@ DEVICES: dict[str, Device] = {
 }
 
 
+def calibrated(name: str) -> Path:
+    """Where what `treadle plan --calibrate` measured of a device is kept, by its driver's name."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "treadle" / "devices" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.yaml"
+
+
 def find_device(name: str) -> Device:
     """A device by its name, as data sheets and drivers write it, or from a YAML file with the keys of `Device`.
 
+    `here` is the one of this machine. Of a driver's name, what was measured on this machine goes first.
     Raises ConfigError for another, which says what a file needs.
     """
+    here = name == "here"
+    if here:
+        name = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     path = Path(name)
+    if (here or name not in DEVICES) and calibrated(name).is_file():
+        path = calibrated(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         found: Device = resolve(Device, path)
         return found

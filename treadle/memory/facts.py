@@ -10,7 +10,7 @@ tensor parallelism leaves each process some of those.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from treadle.attention.padding import one_dim
 from treadle.attention.parts import Parts
 from treadle.errors import ConfigError
 from treadle.kernels import collectives
+from treadle.memory.kernels import own_kernels
 from treadle.nn.config import LayerConfig
 from treadle.nn.linear import GroupedLinear
 from treadle.nn.roles import parameter_roles
@@ -53,7 +54,7 @@ class LayerFacts:
     working: what its backward needs besides what is kept, at most. forward, backward: traffic of everything that is no
     matmul, convolution or attention. repeated: matmuls that the backward computes again, as a share of the forward's.
     tensor: gathered and scattered in one forward, by all processes that share matrices. context: the same, of keys and
-    values.
+    values. launches: kernels of a forward and a backward.
     """
 
     kept: float
@@ -67,6 +68,7 @@ class LayerFacts:
     repeated: float
     tensor: float
     context: float
+    launches: int
 
 
 def layer_facts(
@@ -77,17 +79,19 @@ def layer_facts(
     compiled: bool,
     tensor: int = 1,
     gathered: int = 1,
+    exchanged: bool = False,
     fp8: bool = False,
     budget: float = 1.0,
 ) -> LayerFacts:
     """tensor: processes that share its matrices. gathered: parts of a row whose keys and values come together.
-    fp8, budget: as in training and its activation checkpointing."""
+    exchanged: parts of rows for heads, as `ulysses` does. fp8, budget: as in training and its activation checkpointing.
+    """
     spec = _SPECS.setdefault(id(layer), (repr(layer), layer))[0]  # a search asks often
-    key = (model.dim, model.max_length, spec, dtype, compiled, tensor, gathered, fp8, budget)
+    key = (model.dim, model.max_length, spec, dtype, compiled, tensor, gathered, exchanged, fp8, budget)
     if key not in _FACTS:
         one = model.model_copy(update={"layers": [layer], "vocab_size": 64 * tensor, "multi_token": None})
         with torch._functorch.config.patch(activation_memory_budget=budget):
-            _FACTS[key] = _traced(one, dtype, compiled, tensor, gathered, fp8)
+            _FACTS[key] = _traced(one, dtype, compiled, tensor, gathered, exchanged, fp8)
     return _FACTS[key]
 
 
@@ -96,7 +100,13 @@ _SPECS: dict[int, tuple[str, LayerConfig]] = {}
 
 
 def _traced(
-    model: TransformerConfig, dtype: torch.dtype, compiled: bool, tensor: int, gathered: int, fp8: bool
+    model: TransformerConfig,
+    dtype: torch.dtype,
+    compiled: bool,
+    tensor: int,
+    gathered: int,
+    exchanged: bool,
+    fp8: bool,
 ) -> LayerFacts:
     if compiled:
         compile_layers(nn.ModuleDict())  # sets what the compiler, and so the partitioner, is set to in a run
@@ -104,6 +114,8 @@ def _traced(
     graphs: list[fx.Graph] = []
 
     def divide(joint: Any, inputs: Any, **options: Any) -> Any:
+        if compiled:  # parameters are there anyway: casts of them are formed again rather than kept
+            options["static_lifetime_input_indices"] = list(range(1, 1 + len(parameters)))
         parts = (min_cut_rematerialization_partition if compiled else default_partition)(joint, inputs, **options)
         graphs.extend(part.graph for part in parts)
         return parts
@@ -119,6 +131,8 @@ def _traced(
         x_BSD = torch.empty(1, TOKENS // tensor, model.dim, dtype=dtype, requires_grad=True)
         context = whole.with_tables(AttentionContext.causal(1, TOKENS, backend="planned"))
         tables = context.tables
+        if exchanged:
+            context = replace(context, parts=Parts("ulysses", "contiguous", "", 0, 1), whole=context)
         if gathered > 1:
             parts = Parts("gather", "contiguous", "", 0, gathered)
             keys = (torch.empty(TOKENS, dtype=torch.int32), torch.empty(TOKENS * gathered, dtype=torch.int32))
@@ -206,6 +220,10 @@ class _Graph:
     def matmuls(self) -> int:
         return sum(self.computes(node) and "treadle_memory" not in str(node.target) for node in self.nodes)
 
+    def launches(self) -> int:
+        passes = {its for node, its in self.region.items() if not self.is_view(node)}
+        return len(passes) + sum(self.computes(node) for node in self.nodes)
+
     def regions(self) -> dict[fx.Node, int]:
         """Nodes that are one pass over memory, by the number of the last of them. Eagerly each is by itself."""
         region: dict[fx.Node, int] = {}
@@ -292,6 +310,7 @@ def _facts(forward: _Graph, backward: _Graph) -> LayerFacts:
         repeated=max(0, backward.matmuls() - 2 * forward.matmuls()) / forward.matmuls() if forward.matmuls() else 0.0,
         tensor=sent["tensor"] / TOKENS,
         context=sent["context"] / TOKENS,
+        launches=forward.launches() + backward.launches(),
     )
 
 
@@ -369,6 +388,19 @@ def scatter(x_BSX: Tensor, size: int, over: str) -> Tensor:
     raise NotImplementedError
 
 
+@torch.library.custom_op("treadle_memory::exchange", mutates_args=())
+def exchange(x_BSHK: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@exchange.register_fake
+def _(x_BSHK: Tensor) -> Tensor:
+    return x_BSHK.new_empty(x_BSHK.shape)
+
+
+exchange.register_autograd(lambda ctx, dy: exchange(dy))
+
+
 @gather.register_fake
 def _(x_BSX: Tensor, size: int, over: str) -> Tensor:
     return x_BSX.new_empty(x_BSX.shape[0], x_BSX.shape[1] * size, *x_BSX.shape[2:])
@@ -396,13 +428,23 @@ def _planned(
     return _attention(q_BSHK, k_BTGK, v_BTGV)[0][..., :V]
 
 
+def _exchanging(
+    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, facts: Any, context: Any, sinks: Any, local: Any
+) -> Tensor:
+    """Whole rows of some heads are as many numbers as parts of rows of all heads."""
+    there = [exchange(x) for x in (q_BSHK, k_BSGK, v_BSGV)]
+    return exchange(local(*there, facts, context.whole, sinks))
+
+
 @contextmanager
 def _stand_ins(compiled: bool, gathered: int) -> Iterator[None]:
     backend: Any = SimpleNamespace(unsupported=lambda *_: None, attend=_planned)
     # Eagerly a GPU has one kernel for it, where a CPU has a chain.
     fused: Any = torch.rms_norm if compiled else lambda x, shape, weight, eps: _rms_norm(x, weight)[0]
     with (
+        nullcontext() if compiled else own_kernels(),
         patch.dict(dispatch.BACKENDS, planned=backend),
+        patch.object(context_parallel, "_ulysses", _exchanging),
         patch.object(collectives, "gather", lambda given, *_: [gather(x, gathered, "context") for x in given]),
         patch("torch.nn.functional.rms_norm", fused),
     ):

@@ -38,7 +38,9 @@ class StepTime:
 
     compute: float = 0.0  # matmuls and attention, at the rate that the device reaches on them
     memory: float = 0.0  # elementwise, norms and the optimizer: bytes over bandwidth
-    communication: dict[str, float] = field(default_factory=dict)  # by dimension of the mesh: what has to be waited for
+    communication: dict[str, float] = field(
+        default_factory=dict
+    )  # what is waited for: by dimension of the mesh, the host
     bubble: float = 0.0  # a pipeline that fills and drains
     hidden: dict[str, float] = field(default_factory=dict)  # communication that runs beside computation
 

@@ -17,7 +17,8 @@ ADAMW = 40  # bytes for each weight: read and write of weight and moments, and i
 STREAM = (
     0.67  # of a copy's bandwidth that kernels reach which compute: torch.compile's softmax 2.0 TB/s on an H100 of 3.0
 )
-FUSED = 0.2  # of tensor parallelism's messages that asynchronous matmuls leave to be waited for
+FUSED = 0.8  # of what tensor parallelism waits, what is left with asynchronous matmuls: on two GPUs 0.75 and 1
+FLEX = 0.54  # of the rate of attention that flex reaches: benchmarks/attention.py, 226 of 416 TFLOP/s
 HIDDEN = 0.9  # of the time of layers that messages can run beside: what is sent takes processors and memory too
 
 
@@ -49,6 +50,8 @@ def _rank_time(rank: Rank) -> StepTime:
         once = part.narrow / narrow + (part.flops - part.narrow) / wide
         matmul += (3 + again) * once * T / layout.tensor
         rate = device.attention_tflops if part.head_dim > 64 else device.attention_64_tflops
+        if part.flexible or (layout.context > 1 and layout.context_method == "gather"):
+            rate *= FLEX
         attention += (3.5 + attends) * part.mixing * T / layout.tensor * uneven / (rate * 1e12)
         traffic += (facts.forward * (1 + (again > 0)) + facts.backward) * T + CASTS * unit
         sent["tensor"] += (2 + again) * facts.tensor * T
@@ -66,6 +69,7 @@ def _rank_time(rank: Rank) -> StepTime:
         traffic += 2 * MASTER * setting.model.dim * T + 2 * MASTER * setting.anatomy.embedding.here(layout.tensor)
     compute = matmul + attention
     memory = traffic / bandwidth
+    host = sum(layer.facts.launches for layer in rank.layers) * device.launch_us * 1e-6
     waited: dict[str, float] = {}
     hidden: dict[str, float] = {}
     seconds = {
@@ -79,6 +83,8 @@ def _rank_time(rank: Rank) -> StepTime:
             part_waited = max(0.0, spent - attention) / spent if spent else 0.0
         waited[name], hidden[name] = n * spent * part_waited, n * spent * (1 - part_waited)
     each = compute + memory + sum(waited.values()) / n
+    if host > each:  # the device waits for it
+        waited["launches"], each = n * (host - each), host
     for name, (spent, edges) in _weights(rank).items():
         beyond = max(edges, spent - HIDDEN * n * (compute + memory))
         waited[name], hidden[name] = beyond, spent - beyond

@@ -19,16 +19,16 @@ from torch.utils.flop_counter import register_flop_formula
 from treadle.attention import dispatch
 from treadle.attention.padding import one_dim
 from treadle.kernels import linear_cross_entropy
-from treadle.memory.fused import backend
+from treadle.memory.kernels import own_kernels
 from treadle.memory.live import WORKSPACES, LiveMemory
 from treadle.parallel import activation_checkpointing, vocabulary, weight_gradients
 from treadle.parallel.expert import Exchange
 
 
 @contextmanager
-def on_cuda(meter: LiveMemory, *, compiled: bool) -> Iterator[None]:
-    """Treadle as it would run on a GPU. compiled: the layers (whose norms the compiler takes apart)."""
-    fused = {"backend": backend(meter), "dynamic": False}
+def on_cuda(meter: LiveMemory, backend: Any, *, compiled: bool) -> Iterator[None]:
+    """Treadle as it would run on a GPU. backend: what compiles. compiled: the layers, and so their norms."""
+    fused = {"backend": backend, "dynamic": False}
     shared = tuple(torch.compile(step, **fused) for step in (vocabulary._statistics, vocabulary._gradient))
 
     def add(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:  # one kernel, nothing beside its operands
@@ -36,6 +36,7 @@ def on_cuda(meter: LiveMemory, *, compiled: bool) -> Iterator[None]:
 
     elements = linear_cross_entropy.CHUNK_ELEMENTS
     patches: list[Any] = [
+        own_kernels(),
         mock.patch.object(dispatch, "choose", _stand_in),
         mock.patch.dict(dispatch.BACKENDS, {"stand-in": _Attention}),  # type: ignore[dict-item]
         mock.patch.dict(elements, {"cpu": elements["cuda"]}),
@@ -78,7 +79,8 @@ def even_load() -> Iterator[None]:
 
     def rows(self: Exchange, rows_ND: Tensor, *_: Tensor) -> list[list[int]]:
         size = self.group.size()
-        share = [len(part) for part in torch.arange(rows_ND.shape[0], device="meta").tensor_split(size)]
+        each, left = divmod(rows_ND.shape[0], size)
+        share = [each + (number < left) for number in range(size)]
         return [share, [share[0]] * size]
 
     with mock.patch.object(Exchange, "rows", rows):

@@ -115,7 +115,8 @@ class Attention(nn.Module):
         if self.position is not None:
             extra = () if norms is None else (norms,)
             q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, context, *extra)
-            v_BSGK = v_BSGK.contiguous()  # as a part of qkv it would keep all of that for the backward
+            if context.cache is None:
+                v_BSGK = v_BSGK.contiguous()  # as a part of qkv it would keep all of that for the backward
         k_BTGK, v_BTGK = k_BSGK, v_BSGK
         if context.cache is not None:
             k_BTGK, v_BTGK = context.cache.append(k_BSGK, v_BSGK)

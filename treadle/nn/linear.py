@@ -59,7 +59,7 @@ class GroupedLinear(nn.Module):
         outputs: int,
         *,
         active: int,
-        alone: Literal["column", "row"],
+        alone: Literal["column", "row", "replicate"],
         bias: bool = False,
         parts: Sequence[str] = (),
         implementation: Implementation = "auto",

@@ -11,7 +11,7 @@ from treadle.errors import CheckpointError
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.nn.weights import SHARD_BYTES, WeightsReader, WeightsWriter
 
-SPEC_FILE = "model.yaml"
+SPEC_FILE, FINAL = "model.yaml", "final"  # the second: where a run's folder has its model
 METADATA = {"format": "treadle-model-1"}
 
 
@@ -56,6 +56,11 @@ def open_weights(folder: Path | str, model: Transformer) -> WeightsReader:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     _compare(reader.path, expected, {name: reader.shape(name) for name in reader})
     return reader
+
+
+def model_folder(path: Path) -> Path | None:
+    """Where the `model.yaml` and the weights of a folder are: in itself or in `final`; None if there are none."""
+    return next((folder for folder in (path, path / FINAL) if (folder / SPEC_FILE).is_file()), None)
 
 
 def build_meta(config: TransformerConfig) -> Transformer:

@@ -82,12 +82,16 @@ class Head(nn.Module):
 
     def cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Sum of cross entropies over the targets that are not -100, without ever holding all logits.  -> scalar"""
-        return self.penalised_cross_entropy(x_BSD, targets_BS, z_loss=0.0)[0]
+        return self.penalised_cross_entropy(x_BSD, targets_BS)[0]
 
-    def penalised_cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float) -> tuple[Tensor, Tensor]:
-        """The same plus z_loss * logsumexp(logits)^2 for each such target; and that penalty alone, detached."""
+    def penalised_cross_entropy(
+        self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float = 0.0, smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """The same, of targets a share `smoothing` of which is spread over the vocabulary, plus
+        z_loss * logsumexp(logits)^2 for each of them; and that penalty alone, detached."""
         tokens_TD, targets_T = self._scaled(x_BSD).flatten(0, 1), targets_BS.flatten()
-        return linear_cross_entropy(tokens_TD, self.weight, targets_T, softcap=self.softcap, z_loss=z_loss)
+        options: dict[str, Any] = {"softcap": self.softcap, "z_loss": z_loss, "smoothing": smoothing}
+        return linear_cross_entropy(tokens_TD, self.weight, targets_T, **options)
 
     def _scaled(self, x_BSD: Tensor) -> Tensor:
         return x_BSD if self.scale == 1.0 else x_BSD * self.scale

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint
 
 import treadle.attention.flash4
 import treadle.attention.ring
+import treadle.attention.tilelang
 import treadle.kernels.grouped_linear  # noqa: F401  define operators below
 from treadle.config import Kind
 
@@ -69,6 +70,7 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.treadle.ring_attention.default,
     torch.ops.treadle.flash4.default,
+    torch.ops.treadle.causal_attention_tilelang.default,
 }
 # What was summed over the processes that share a matrix: small, since each has its tokens only, and dear to send again.
 _SUMS = {
@@ -90,7 +92,7 @@ SAC_IGNORED_OPS |= {
 }
 
 
-def apply_activation_checkpointing(layers: nn.ModuleDict, config: CheckpointingConfig) -> None:
+def apply_activation_checkpointing(layers: nn.ModuleDict, config: CheckpointingConfig, *, random: bool = False) -> None:
     """Make layers recompute in the backward what is not kept. Wraps `forward` in place; parameter names stay.
 
     Layers are told apart by their names, their numbers in the whole stack: the same ones in each layout. A budget is
@@ -98,8 +100,8 @@ def apply_activation_checkpointing(layers: nn.ModuleDict, config: CheckpointingC
     """
     if not isinstance(config, SelectiveConfig | FullConfig):
         return
-    # Dropout does not exist here, so no random state needs to be replayed.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # Only what fine-tuning adds may have dropout; elsewhere no random state needs to be replayed.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if isinstance(config, SelectiveConfig):  # one object for all layers, which share what is compiled
         options["context_fn"] = partial(_selective_contexts, config.matmuls)
     for name, layer in layers.items():

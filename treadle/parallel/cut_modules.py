@@ -104,9 +104,11 @@ class CutHead(Cut):
         logits_BSV = super().forward(Copied.apply(x_BSD, self.peers))  # type: ignore[misc]
         return Gathered.apply(logits_BSV, logits_BSV.ndim - 1, self.peers)  # type: ignore[no-any-return]
 
-    def penalised_cross_entropy(self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float) -> tuple[Tensor, Tensor]:
+    def penalised_cross_entropy(
+        self, x_BSD: Tensor, targets_BS: Tensor, *, z_loss: float = 0.0, smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         tokens_TD, targets_T = self._scaled(Copied.apply(x_BSD, self.peers)).flatten(0, 1), targets_BS.flatten()
-        options: dict[str, Any] = {"softcap": self.softcap, "z_loss": z_loss}
+        options: dict[str, Any] = {"softcap": self.softcap, "z_loss": z_loss, "smoothing": smoothing}
         return vocabulary_cross_entropy(tokens_TD, self.weight, targets_T, self.peers, **options)
 
 

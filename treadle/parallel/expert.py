@@ -55,7 +55,7 @@ def distribute_experts(model: nn.Module, mesh: Mesh) -> list[nn.Module]:
 
 def experts_of(moe: MoE) -> list[GroupedLinear]:
     """The modules whose parameters count experts."""
-    return [module for module in moe.children() if isinstance(module, GroupedLinear)]
+    return [module for module in moe.modules() if isinstance(module, GroupedLinear)]
 
 
 def _share(parameter: Tensor, mesh: Mesh) -> DTensor:

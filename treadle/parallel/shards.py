@@ -247,10 +247,12 @@ def checkpointed(tensor: Tensor, parts: Parts = ()) -> Any:
     return Spread(pieces(tensor, parts), tensor.shape, local(tensor))
 
 
-def whole_parameters(model: nn.Module, mesh: Mesh | None = None) -> Iterator[tuple[str, Tensor]]:
+def whole_parameters(
+    model: nn.Module, mesh: Mesh | None = None, *, only: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
     """Each parameter by name, whole, one at a time, of all stages of a pipeline; all processes go through it."""
     mesh = mesh or Mesh()
-    here, parts = dict(model.named_parameters()), parts_of(model)
+    here, parts = {name: p for name, p in model.named_parameters() if only(name)}, parts_of(model)
     if mesh.pipeline is None:
         yield from ((name, gather(parameter.detach(), parts.get(name, ()))) for name, parameter in here.items())
         return

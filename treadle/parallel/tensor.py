@@ -170,6 +170,13 @@ class View:
             return _head(here, self.heads, peers)
         return here * float(peers.rank == 0) if self.once else here
 
+    def rows(self, parts: dict[str, int], peers: Peers) -> list[int]:
+        """Of each part of a stack, how many are seen here."""
+        if self.replicated:
+            return list(parts.values())
+        shared = [heads for _, heads in self.shared] or [0] * len(parts)
+        return [whole // (heads or peers.size) for whole, heads in zip(parts.values(), shared, strict=True)]
+
     def _with_shared(self, here: Tensor, peers: Peers) -> Tensor:
         """Each shared part is replaced by its one head that this process needs.
 
@@ -212,6 +219,8 @@ def _placement(
     """How a parameter is spread, and what the module sees of it."""
     whole, once = (Replicate(), View(replicated=True)), (Replicate(), View(replicated=True, once=True))
     if isinstance(module, GroupedLinear):
+        if module.alone == "replicate":
+            return whole
         if module.alone == "column":
             return Shard(1), View()
         return (Shard(2), View()) if leaf == "weight" else once

@@ -29,6 +29,7 @@ def vocabulary_cross_entropy(
     *,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    smoothing: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `linear_cross_entropy`, the same on all processes. Collective.
@@ -43,7 +44,7 @@ def vocabulary_cross_entropy(
     # A difference may well be -100: what others have is ELSEWHERE.
     here_T = torch.where((here_T >= 0) & (here_T < weight_VD.shape[0]), here_T, ELSEWHERE)
     targets_T = torch.where(targets_T == IGNORED, IGNORED, here_T)
-    return _VocabularyCrossEntropy.apply(x_TD, weight_VD, targets_T, peers.name, softcap, z_loss, chunk)  # type: ignore[no-any-return]
+    return _VocabularyCrossEntropy.apply(x_TD, weight_VD, targets_T, peers, (softcap, z_loss, smoothing), chunk)  # type: ignore[no-any-return]
 
 
 class _VocabularyCrossEntropy(autograd.Function):
@@ -55,12 +56,13 @@ class _VocabularyCrossEntropy(autograd.Function):
         x_TD: Tensor,
         weight_VD: Tensor,
         targets_T: Tensor,
-        group: Any,
-        softcap: float | None,
-        z_loss: float,
+        peers: Peers,
+        options: tuple[Any, ...],
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
+        (softcap, z_loss, smoothing), group = options, peers.name
         wide = torch.promote_types(x_TD.dtype, torch.float32)
+        spread = smoothing / (peers.size * weight_VD.shape[0])  # on each entry of the vocabulary
         cast_VD = weight_VD.to(x_TD.dtype)
         need_x, need_weight = ctx.needs_input_grad[:2]
         dx_TD = torch.empty_like(x_TD) if need_x else None
@@ -71,7 +73,7 @@ class _VocabularyCrossEntropy(autograd.Function):
         for start in range(0, x_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             targets_C, logits_CV = targets_T[rows], x_TD[rows] @ cast_VD.t()
-            largest_C, sum_C, picked_C = statistics(logits_CV, targets_C, softcap)
+            largest_C, sum_C, picked_C = statistics(logits_CV, targets_C, softcap, smoothing, spread)
             together_C = funcol.wait_tensor(funcol.all_reduce(largest_C, "max", group))
             sums_2C = torch.stack((sum_C * (largest_C - together_C).exp(), picked_C))
             sum_C, picked_C = funcol.wait_tensor(funcol.all_reduce(sums_2C, "sum", group)).unbind()
@@ -81,7 +83,7 @@ class _VocabularyCrossEntropy(autograd.Function):
             loss += torch.where(counts_C, lse_C - picked_C, 0.0).sum() + chunk_penalty
             if not (need_x or need_weight):
                 continue
-            dlogits_CV = gradient(logits_CV, targets_C, lse_C, softcap, z_loss)
+            dlogits_CV = gradient(logits_CV, targets_C, lse_C, softcap, z_loss, smoothing, spread)
             if dx_TD is not None:
                 torch.mm(dlogits_CV, cast_VD, out=dx_TD[rows])
             if dweight_VD is not None:
@@ -97,7 +99,7 @@ class _VocabularyCrossEntropy(autograd.Function):
         # In place: the saved gradients are this node's own and a second backward through it would be scaled twice.
         dx_TD = None if dx_TD is None else torch.mul(dx_TD, grads[0], out=dx_TD)
         dweight_VD = None if dweight_VD is None else dweight_VD.mul_(grads[0]).to(ctx.weight_dtype)
-        return dx_TD, dweight_VD, None, None, None, None, None
+        return dx_TD, dweight_VD, None, None, None, None
 
 
 def _capped(logits_CV: Tensor, softcap: float | None) -> Tensor:
@@ -105,22 +107,35 @@ def _capped(logits_CV: Tensor, softcap: float | None) -> Tensor:
     return z_CV if softcap is None else softcap * torch.tanh(z_CV / softcap)
 
 
-def _statistics(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest score, the sum of exponentials below it, and the target's score: zero where it is not here."""
+def _statistics(
+    logits_CV: Tensor, targets_C: Tensor, softcap: float | None, smoothing: float, spread: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest score, the sum of exponentials below it, and what of the target's score is here, smoothed."""
     z_CV = _capped(logits_CV, softcap)
     largest_C = z_CV.amax(-1)
     sum_C = (z_CV - largest_C[:, None]).exp().sum(-1)
     picked_C = z_CV.gather(1, targets_C.clamp(min=0)[:, None])[:, 0]
-    return largest_C, sum_C, torch.where(targets_C >= 0, picked_C, 0.0)
+    picked_C = torch.where(targets_C >= 0, picked_C, 0.0)
+    return largest_C, sum_C, (1 - smoothing) * picked_C + spread * z_CV.sum(-1) if smoothing else picked_C
 
 
-def _gradient(logits_CV: Tensor, targets_C: Tensor, lse_C: Tensor, softcap: float | None, z_loss: float) -> Tensor:
+def _gradient(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    lse_C: Tensor,
+    softcap: float | None,
+    z_loss: float,
+    smoothing: float,
+    spread: float,
+) -> Tensor:
     """Of the logits that are here, in their dtype."""
     z_CV = _capped(logits_CV, softcap)
     scale_C1 = torch.where(targets_C != IGNORED, 1 + 2 * z_loss * lse_C, 0.0)[:, None]
     # Targets of others are negative, and so is what does not count.
     hit_CV = torch.arange(z_CV.shape[1], device=z_CV.device)[None, :] == targets_C[:, None]
-    dz_CV = (z_CV - lse_C[:, None]).exp() * scale_C1 - hit_CV.to(z_CV.dtype)
+    dz_CV = (z_CV - lse_C[:, None]).exp() * scale_C1 - hit_CV.to(z_CV.dtype) * (1 - smoothing)
+    if smoothing:
+        dz_CV = dz_CV - spread * (targets_C != IGNORED).to(dz_CV.dtype)[:, None]
     if softcap is not None:
         dz_CV = dz_CV * (1 - (z_CV / softcap).square())
     return dz_CV.to(logits_CV.dtype)

@@ -16,15 +16,14 @@ from treadle.data.loader import Loader, Sequential
 from treadle.data.ngram import ngram_bits_per_byte
 from treadle.data.prepare import Prepared, prepare
 from treadle.evaluate.perplexity import EvaluateConfig, evaluate_perplexity
-from treadle.inference.load import FINAL, TOKENIZER
+from treadle.inference.load import TOKENIZER
 from treadle.inference.text import SampleConfig
 from treadle.memory.tracker import TrackMemory, setting_of_run
-from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics, load_samples
 from treadle.tracking.run import Run
 from treadle.train.callbacks import Callback, Every
-from treadle.train.losses import cross_entropy
+from treadle.train.losses import training_loss
 from treadle.train.session import Session, SessionConfig, open_processes, open_session
 from treadle.train.setup import with_vocabulary
 
@@ -63,7 +62,7 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
             if mesh.leads:
                 data.tokenizer.save(session.run.folder / TOKENIZER)
             session.announce(f"{sum(dataset.tokens for dataset in data.train):,} training tokens")
-            loss = partial(cross_entropy, z_loss=config.training.z_loss, attention=config.training.attention)
+            loss = training_loss(config.training)
             around = evaluations(config, session, data)
             if session.train(loss, around, length=attended_length(config, data)):
                 finish(config, session, data)
@@ -120,7 +119,7 @@ def evaluation_kind(data: Prepared, name: str) -> str:
 def finish(config: RecipeConfig, session: Session, data: Prepared) -> None:
     """Keep the final weights by themselves, and show what came out."""
     run, console = session.run, session.console
-    folder = save_whole(session.model, run.folder / FINAL, session.mesh)
+    folder = session.save_final()
     if not session.mesh.leads:
         return
     data.tokenizer.save(folder / TOKENIZER)

@@ -11,14 +11,12 @@ from treadle.config import key_error, key_errors
 from treadle.data.tasks import TaskBatches, TaskConfig
 from treadle.errors import ConfigError
 from treadle.evaluate.accuracy import AccuracyConfig, evaluate_accuracy, shared_out
-from treadle.inference.load import FINAL
 from treadle.kernels.linear_cross_entropy import IGNORED
 from treadle.memory.tracker import TrackMemory, setting_of_run
-from treadle.parallel.shards import save_whole
 from treadle.tracking.plot import plot_training
 from treadle.tracking.read import load_metrics
 from treadle.train.callbacks import Every
-from treadle.train.losses import cross_entropy
+from treadle.train.losses import training_loss
 from treadle.train.session import Session, SessionConfig, open_processes, open_session
 from treadle.train.setup import with_vocabulary
 
@@ -56,7 +54,7 @@ def main(config: RecipeConfig, *, resume: Path | None = None, console: Console |
         spec = with_vocabulary(config.model, config.task.vocab_size)
         with open_session(config, spec, batches, sinks, mesh=mesh, resume=resume, console=console) as session:
             session.announce(f"task {config.task.kind}")  # type: ignore[attr-defined]
-            loss = partial(cross_entropy, z_loss=training.z_loss, attention=training.attention)
+            loss = training_loss(training)
             score = Every(config.evaluate.every, partial(log_accuracy, config, session))
             around = [TrackMemory(session.run, partial(setting_of_run, config, session.model, session.mesh)), score]
             if session.train(loss, around, length=training.sequence_length):
@@ -98,7 +96,7 @@ def evaluation_kind(config: RecipeConfig, part: str) -> str:
 def finish(config: RecipeConfig, session: Session) -> None:
     """Keep the final weights by themselves, and say what came out."""
     run = session.run
-    folder = save_whole(session.model, run.folder / FINAL, session.mesh)
+    folder = session.save_final()
     if not session.mesh.leads:
         return
     plot = plot_training(run.folder, run.folder / "training.png")

@@ -109,7 +109,7 @@ def plot_runs(
 
     `x` is step, tokens, time or flops. Raises RunError for a metric that a run lacks and for an unknown suffix.
     """
-    with _drawn(output, width=min(6.4 * len(metrics), 15), height=4.2) as figure:
+    with drawn(output, width=min(6.4 * len(metrics), 15), height=4.2) as figure:
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         labels = _labels(runs)
         for panel, metric in zip(panels, metrics, strict=True):
@@ -136,7 +136,7 @@ def plot_training(folder: Path, output: Path) -> Path:
     small = [name for name in SMALL_PANELS if name in names]
     if "loss" not in names and not evaluations:
         raise RunError(f"{folder}: no loss has been logged yet.")
-    with _drawn(output, width=11 if small else 7, height=5.2) as figure:
+    with drawn(output, width=11 if small else 7, height=5.2) as figure:
         grid = figure.add_gridspec(max(len(small), 1), 2 if small else 1, width_ratios=[2.1, 1] if small else None)
         main = figure.add_subplot(grid[:, 0])
         if "loss" in names:
@@ -229,7 +229,7 @@ def _labels(runs: Sequence[Path]) -> list[str]:
 
 
 @contextmanager
-def _drawn(output: Path, width: float, height: float) -> Iterator["Figure"]:
+def drawn(output: Path, width: float, height: float) -> Iterator["Figure"]:
     """A figure in the house style, written to `output` when the block ends. Raises RunError for an unknown suffix."""
     import matplotlib
     from matplotlib.figure import Figure

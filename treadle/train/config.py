@@ -21,7 +21,8 @@ class TrainingConfig(Config):
     precision: Precision = Field("bf16", description="compute dtype; master weights are fp32, fp16 uses a loss scaler")
     clip_norm: PositiveFloat | None = Field(1.0, description="scale gradients down to this global norm; null: never")
     z_loss: NonNegativeFloat = Field(0.0, description="weight of the squared log partition function")
-    attention: Literal["auto", "reference", "sdpa", "flash", "flash4", "flex"] = Field(
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over the vocabulary")
+    attention: Literal["auto", "reference", "sdpa", "flash", "flash4", "flex", "tilelang"] = Field(
         "auto", description="attention backend"
     )
     activation_checkpointing: CheckpointingConfig = Field(

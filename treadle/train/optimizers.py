@@ -40,7 +40,7 @@ class AdamWConfig(OptimizerConfig):
         return Optimizers([self.for_parameters(model, trainable(model))])
 
     def for_parameters(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        groups = list(_decay_groups(model, parameters, self.weight_decay))
+        groups = list(_decay_groups(model, parameters, self.weight_decay, self.lr))
         return AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -81,7 +81,7 @@ class SGDConfig(OptimizerConfig):
     nesterov: bool = Field(False, description="Nesterov momentum")
 
     def build(self, model: nn.Module) -> "Optimizers":
-        groups = list(_decay_groups(model, trainable(model), self.weight_decay))
+        groups = list(_decay_groups(model, trainable(model), self.weight_decay, self.lr))
         return Optimizers([torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)])
 
 
@@ -91,16 +91,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _decay_groups(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], weight_decay: float, lr: float
 ) -> Iterator[dict[str, object]]:
-    """Matrices and filters with decay, norms, biases and other vectors without, on each mesh of processes."""
-    roles = parameter_roles(model)
+    """Matrices and filters with decay, norms, biases and other vectors without, on each mesh of processes; and those of
+    modules that say `lr_ratio` at a rate of their own."""
+    roles, modules = parameter_roles(model), dict(model.named_modules())
     groups: dict[Any, list[nn.Parameter]] = {}
     for name, p in parameters.items():
         decays = p.ndim >= 2 and roles[name] != "norm" and not name.endswith("bias")
-        groups.setdefault((not decays, mesh_of(p)), []).append(p)
-    for (plain, _), chosen in sorted(groups.items(), key=lambda item: item[0][0]):
-        yield {"params": chosen, "weight_decay": 0.0 if plain else weight_decay}
+        ratio = getattr(modules[name.rpartition(".")[0]], "lr_ratio", 1.0)
+        groups.setdefault((not decays, ratio, mesh_of(p)), []).append(p)
+    for (plain, ratio, _), chosen in sorted(groups.items(), key=lambda item: item[0][:2]):
+        yield {"params": chosen, "weight_decay": 0.0 if plain else weight_decay, "lr": lr * ratio}
 
 
 class Optimizers:

@@ -3,6 +3,7 @@
 import torch
 
 from treadle.errors import ConfigError
+from treadle.finetune import FinetuneConfig, attach
 from treadle.nn.store import build_meta
 from treadle.nn.transformer import Transformer, TransformerConfig
 from treadle.parallel.activation_checkpointing import BudgetConfig, apply_activation_checkpointing, offloads
@@ -42,6 +43,7 @@ def build_model(
     seed: int,
     mesh: Mesh | None = None,
     parallel: ParallelConfig | None = None,
+    finetune: FinetuneConfig | None = None,
 ) -> Transformer:
     """This process's part of the model, its master weights in fp32 and initialised.
 
@@ -57,6 +59,12 @@ def build_model(
     deferring = mesh.pipeline is not None and parallel.schedule in ZERO_BUBBLE
     if training.fp8:
         use_float8(model, mesh, parallel)
+    if finetune is not None:
+        if finetune.method == "mora" and mesh.tensor is not None:
+            raise ConfigError("finetune.method: mora's matrix meets all of a layer's features; set parallel.tensor=1")
+        if finetune.method != "full" and parallel.async_tensor:
+            raise ConfigError("parallel.async_tensor: a matmul that is one with its input has no place for updates")
+        attach(model, finetune)
     shard_tensor(model, mesh, parallel)
     travelling = distribute_experts(model, mesh)
     recompute = training.activation_checkpointing
@@ -64,7 +72,7 @@ def build_model(
     for layers in (model.layers,) if model.multi_token is None else (model.layers, model.multi_token.layers):
         if training.compile and deferring:
             compile_between(layers, budget=budget)
-        apply_activation_checkpointing(layers, recompute)
+        apply_activation_checkpointing(layers, recompute, random=finetune is not None and finetune.dropout > 0)
         if training.compile and not deferring:
             compile_layers(layers, apart=travelling, budget=budget)
         if offloads(recompute):

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from treadle.finetune.attach import saved_parameters
 from treadle.nn.transformer import Transformer
 from treadle.parallel.shards import checkpointed, parts_of
 from treadle.train.optimizers import Optimizers
@@ -34,7 +35,7 @@ class TrainState:
         """The state as nested tensors, aliasing the live ones (parameters by name, shared ones once)."""
         optimizer, parts = self._optimizer(), parts_of(self.model)
         return {
-            "model": {n: checkpointed(p.detach(), parts.get(n, ())) for n, p in self.model.named_parameters()},
+            "model": {n: checkpointed(p.detach(), parts.get(n, ())) for n, p in saved_parameters(self.model)},
             # Keys are "state.<parameter>.<quantity>".
             "optimizer": {
                 key: checkpointed(value, parts.get(key.removeprefix("state.").rpartition(".")[0], ()))

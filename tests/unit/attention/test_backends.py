@@ -214,7 +214,7 @@ def test_a_named_backend_is_obeyed_or_refused() -> None:
     assert choose(q, AttentionFacts(alibi=True, sinks=True), AttentionContext.causal(1, 4)) == "sdpa"
     with pytest.raises(ValueError, match=r"facts.sinks is True, sinks_H is missing"):
         attend(q, q, q, AttentionFacts(sinks=True), AttentionContext.causal(1, 4))
-    assert set(BACKENDS) == {"reference", "sdpa", "flash", "flash4", "flex"}
+    assert set(BACKENDS) == {"reference", "sdpa", "flash", "flash4", "flex", "tilelang"}
 
 
 def test_packed_context_marks_every_document() -> None:

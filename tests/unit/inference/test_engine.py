@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 import treadle
 from treadle.errors import ConfigError
+from treadle.inference import tables
 from treadle.inference.engine import Engine, EngineConfig
 from treadle.inference.generate import stream
+from treadle.inference.pages import chain
 from treadle.inference.request import Request, Sampling, Status
 from treadle.nn.transformer import Transformer
 
@@ -53,13 +55,16 @@ def alone(model: Transformer, prompt: list[int], tokens: int) -> list[int]:
     cache=st.integers(80, 200),
     policy=st.sampled_from(["throughput", "latency"]),
     ahead=st.booleans(),
+    decoder=st.booleans(),
 )
 def test_whatever_arrives_and_leaves(
-    name: str, seed: int, slots: int, budget: int, page: int, cache: int, policy: Any, ahead: bool
+    name: str, seed: int, slots: int, budget: int, page: int, cache: int, policy: Any, ahead: bool, decoder: bool
 ) -> None:
     model, draw = MODELS[name], random.Random(seed)
     config = EngineConfig(slots=slots, budget=budget, page=page, cache_tokens=cache, policy=policy, ahead=ahead)
     engine = Engine(model, config)
+    if decoder:  # what a GPU captures, with its rows of nobody
+        engine.runner.use_graphs(engine.max_length)
     beginning = [draw.randrange(VOCABULARY) for _ in range(20)]
     plans = []
     for _ in range(8):
@@ -84,6 +89,29 @@ def test_whatever_arrives_and_leaves(
         assert request.finish == "abort" or len(request.outputs) == tokens
     assert all(pool.free == pool.count for pool in engine.tables.pools)
     assert sorted(engine.scheduler._slots) == list(range(slots))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_thousand_requests_with_random_aborts_leave_no_page_in_use(name: str) -> None:
+    draw = random.Random(7)
+    engine = Engine(MODELS[name], EngineConfig(slots=200, budget=2000, page=8, cache_tokens=4000))
+    beginning = [draw.randrange(VOCABULARY) for _ in range(24)]
+    requests = []
+    for number in range(1000):
+        own = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 12))]
+        sampling = Sampling(max_tokens=draw.randint(1, 8), seed=number)
+        requests.append(engine.add(beginning[: draw.choice([0, 16, 24])] + own, sampling))
+    while engine.busy:
+        for _ in range(4):
+            engine.abort(draw.choice(requests))
+        engine.step()
+    aborted = sum(request.finish == "abort" for request in requests)
+    assert 20 < aborted < 500
+    assert sum(request.finish == "length" for request in requests) == 1000 - aborted
+    assert all(pool.free == pool.count for pool in engine.tables.pools)
+    assert engine.tables.free == 1
+    assert sorted(engine.scheduler._slots) == list(range(200))
+    assert not any(request.pages and any(request.pages) for request in requests)
 
 
 def test_a_request_that_can_never_run_is_refused() -> None:
@@ -145,6 +173,22 @@ def test_pages_are_preempted_and_prompts_do_not_starve_others() -> None:
         if first.status is Status.FINISHED:
             break
     assert first.outputs == alone(model, [1, 2, 3], 10)
+
+
+def test_a_request_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[int] = []
+
+    def counted(before: bytes, tokens: Any) -> bytes:
+        named.append(len(tokens))
+        return chain(before, tokens)
+
+    monkeypatch.setattr(tables, "chain", counted)
+    engine = Engine(MODELS["attention"], EngineConfig(slots=4, page=4, cache_tokens=96))
+    prompts = [[number] * 48 for number in (1, 2, 3)]  # two of them fill the cache
+    done = engine.generate(prompts, Sampling(max_tokens=20, temperature=0))
+    assert [request.outputs for request in done] == [alone(MODELS["attention"], prompt, 20) for prompt in prompts]
+    assert engine.scheduler.preemptions > 0
+    assert len(named) == sum((48 + 20 - 1) // 4 for _ in prompts)  # the last token never becomes part of a page
 
 
 def test_scores_are_those_of_the_whole_text_however_it_is_cut() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from treadle.inference.request import Request, Sampling
-from treadle.inference.sampler import Sampler, uniform
+from treadle.inference.sampler import Sampler
+from treadle.kernels.draw import uniform
 
 V, DRAWS = 40, 8000
 LOGITS_V = torch.randn(V, generator=torch.Generator().manual_seed(0)) * 1.3

@@ -39,11 +39,15 @@ def resources(kernel) -> dict[str, int]:
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
         code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     found = {name: int(re.search(rf"{name.upper()}:(\d+)", usage)[1]) for name in ("reg", "stack")}
+    products = [match.start() for match in re.finditer(r"\b(?:HGMMA|HMMA)\b", code)]
+    inner = code[products[0] : products[-1]] if products else code  # where most of the time goes
     wide, narrow = (len(re.findall(rf"LDG\.E{kind}\b", code)) for kind in (r"\S*\.128", r"\S*\.U?16"))
     return {**found, "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)), "shared": kernel.metadata.shared} | {
         "wide_loads": wide,
         "narrow_loads": narrow,
         "warps": kernel.metadata.num_warps,
+        "products": len(products),
+        "inner_spills": len(re.findall(r"\bSTL\b", inner)),
     }
 
 

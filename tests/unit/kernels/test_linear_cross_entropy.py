@@ -1,5 +1,7 @@
 """The chunked head and loss against the plain formula in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,19 @@ from treadle.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 def plain(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None, z_loss: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    z_loss: float,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     logits = x @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     counts = targets != -100
-    return F.cross_entropy(logits, targets, reduction="sum") + z_loss * logits.logsumexp(-1)[counts].square().sum()
+    penalty = z_loss * logits.logsumexp(-1)[counts].square().sum()
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) + penalty
 
 
 @settings(max_examples=40, deadline=None)
@@ -27,11 +35,19 @@ def plain(
     chunk=st.integers(1, 50),
     softcap=st.sampled_from([None, 3.0]),
     z_loss=st.sampled_from([0.0, 0.1]),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
     ignored=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
 def test_loss_and_gradients_are_the_formula(
-    tokens: int, vocabulary: int, chunk: int, softcap: float | None, z_loss: float, ignored: float, seed: int
+    tokens: int,
+    vocabulary: int,
+    chunk: int,
+    softcap: float | None,
+    z_loss: float,
+    smoothing: float,
+    ignored: float,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
@@ -39,9 +55,10 @@ def test_loss_and_gradients_are_the_formula(
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < ignored] = -100
     results = []
+    options: dict[str, Any] = {"softcap": softcap, "z_loss": z_loss, "smoothing": smoothing}
     for function in (
-        lambda a, b: linear_cross_entropy(a, b, targets, softcap=softcap, z_loss=z_loss, chunk=chunk)[0],
-        lambda a, b: plain(a, b, targets, softcap, z_loss),
+        lambda a, b: linear_cross_entropy(a, b, targets, chunk=chunk, **options)[0],
+        lambda a, b: plain(a, b, targets, **options),
     ):
         a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = function(a, b)

@@ -44,6 +44,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(operation, "find_spec", lambda name: name)
     monkeypatch.setattr(operation, "_module", lambda name, backend: module)
     monkeypatch.setattr(operation, "interpreted", lambda backend: backend == "triton")
+    monkeypatch.setattr(operation, "on_hopper", lambda: False)
     monkeypatch.setattr(operation, "_chosen", {})
     return module
 
@@ -125,6 +126,19 @@ def test_unmeasured_calls_go_by_their_size(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     x = torch.empty(rows, 64).as_subclass(OnGPU)
     assert kernels.choose(toy, x, 3.0).backend == chosen
+    monkeypatch.setattr(operation, "find_spec", lambda name: None if "triton" in name else name)
+    operation._chosen.clear()
+    assert operation.choose(toy, x, 3.0).backend == "torch"  # the others only by name, or by measurement
+
+
+def test_operations_may_have_a_size_of_their_own(
+    toy: kernels.Operation, backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(tables, "load", lambda architecture: ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(vars(toy), "unmeasured", 0)
+    assert kernels.choose(toy, torch.empty(1, 64).as_subclass(OnGPU), 3.0).backend == "triton"
 
 
 def test_shipped_table() -> None:

@@ -48,8 +48,7 @@ def plan(model: Any, world: int = 1, device: str = "h200", **options: Any) -> Pl
 @pytest.mark.parametrize(
     ("model", "rows", "training", "gib", "speed"),
     [
-        ("llama-1.5b", 4, {}, 45.7, 55_072),  # before the gradient of the gate became an operator
-        # Memory of these was measured while compiled layers kept more.
+        # Memory of these was measured while compiled layers kept more; of today's see test_plan_accuracy.py.
         ("llama-1.5b", 2, {}, None, 52_860),
         ("llama-1.5b", 2, {"compile": False}, None, 47_304),
         ("moe-2b", 8, {}, None, 122_400),
@@ -107,19 +106,19 @@ def test_what_a_layer_keeps_eagerly_is_what_autograd_saves():
     D, Q, KV, F, bf16 = 256, 256, 64, 512, 2
     norms = 2 * (D * bf16 + 4)  # the normed input of each matmul, and the norm's statistics
     attention = (Q + KV + KV + Q) * bf16 + 8 * 4  # q and k turned, v copied out of where it lay, output, log-sum-exp
-    feedforward = (2 * F + F + F) * bf16  # gate and up, the activation, the product
+    feedforward = (2 * F + F) * bf16  # gate and up, from which the kernel's backward forms the rest, and the product
     residual = 2 * D * bf16  # what each norm reads
     assert facts.kept == norms + attention + feedforward + residual
-    assert facts.weights == bf16 * (D * (Q + 2 * KV) + Q * D + 3 * D * F) + bf16 * 2 * D
+    assert facts.weights == bf16 * (D * (Q + 2 * KV) + Q * D + 3 * D * F)
 
 
-def test_compiled_keeps_less_and_moves_less():
+def test_compiled_keeps_less_and_its_forward_moves_less():
     spec = recipe(SMALL).model
     eager, compiled = (
         layer_facts(spec, spec.expand()[0], dtype=torch.bfloat16, compiled=compiled) for compiled in (False, True)
     )
     assert compiled.kept < eager.kept
-    assert compiled.forward + compiled.backward < eager.forward + eager.backward
+    assert compiled.forward < eager.forward
     assert eager.input < eager.dear < eager.dear + sum(eager.matmuls[::2]) < eager.kept
 
 
@@ -131,7 +130,7 @@ def test_a_cut_layer_keeps_its_share(tensor):
     D, Q, KV, F, bf16 = 256, 256 // tensor, max(32, 64 // tensor), 512 // tensor, 2
     between = 2 * (D * bf16 + 4) / tensor  # what each norm reads, and statistics
     gathered = 2 * D * bf16  # what each entry reads: all tokens
-    inside = (Q + KV + KV + Q) * bf16 + 8 // tensor * 4 + 4 * F * bf16
+    inside = (Q + KV + KV + Q) * bf16 + 8 // tensor * 4 + 3 * F * bf16
     assert facts.kept == between + gathered + inside
     assert facts.tensor == 4 * D * bf16  # two gathers, two scatters
 

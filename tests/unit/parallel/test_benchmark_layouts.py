@@ -3,7 +3,8 @@
 import pytest
 import torch
 from measure import idle_share, random_batches
-from train_parallel import compared, configuration, layouts, reason
+from processes import reason
+from train_parallel import compared, configuration, layouts
 
 from treadle.errors import ConfigError
 from treadle.parallel.config import Layout, check_layout
