@@ -30,6 +30,7 @@ from treadle.data.shards import SHARD_TOKENS, TRAIN, VALIDATION, ShardDataset, S
 from treadle.data.sources import Piece, SourceConfig
 from treadle.data.tokenizer import Tokenizer
 from treadle.errors import DataError
+from treadle.tracking.environment import cores
 
 TASK_BYTES = 4 << 20
 BATCH_CHARACTERS = 1 << 20
@@ -104,12 +105,6 @@ def tokenize(
             shutil.rmtree(task.folder)
             shown.advance(task.size, sum(b for b, _ in counts), sum(t for _, t in counts))
     shutil.rmtree(parts, ignore_errors=True)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def grouped(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:

@@ -52,14 +52,19 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     }
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def cpu() -> dict[str, Any]:
     """Model, cores this process may use, and memory in GiB."""
     import psutil
 
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "model": _cpu_model(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
     }
 

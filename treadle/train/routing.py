@@ -35,11 +35,6 @@ class Load:
     dropped: Tensor
 
     @property
-    def share_E(self) -> Tensor:
-        """Part of all rows that chose each expert."""
-        return self.counts_E / self.counts_E.sum()
-
-    @property
     def imbalance(self) -> Tensor:
         """The busiest expert's load over the mean: 1 is even."""
         return self.counts_E.max() / self.counts_E.mean()

@@ -68,7 +68,6 @@ def test_loads_add_up_over_micro_batches_and_close() -> None:
     for name in ("layers.0.feedforward", "layers.1.feedforward"):
         assert whole.loads[name].counts_E.sum() == 2 * positions
         assert whole.loads[name].dropped > 0
-        assert whole.loads[name].share_E.sum() == pytest.approx(1.0)
     first = "layers.0.feedforward"  # later layers see what the capacity of a smaller micro-batch has dropped
     torch.testing.assert_close(parts.loads[first].counts_E, whole.loads[first].counts_E)
     torch.testing.assert_close(parts.loads[first].z_loss, whole.loads[first].z_loss)
