@@ -182,14 +182,19 @@ class Engine:
     def update_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take other weights, by the model's names, in place; some of them will do. What was computed is forgotten.
 
-        Raises ValueError while requests run, whose beginnings are those of the old weights.
+        Raises ValueError, and takes none, for wrong names, shapes or numbers of 8 bits without their scales; and while
+        requests run, whose beginnings are those of the old weights.
         """
-        if self.busy:
-            raise ValueError("requests are running: let them end, or abort them, before the weights change")
+        self._rest("the weights change")
         own: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         own |= dict(self.model.named_buffers(remove_duplicate=False))
         if unknown := sorted(set(weights) - set(own)):
             raise ValueError(f"the model has no weights {', '.join(unknown[:3])}")
+        for name, tensor in weights.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{name}: shape {list(tensor.shape)}, but the model's is {list(own[name].shape)}")
+            if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+                raise ValueError(f"{name}: {tensor.dtype} without its scales; give the weights before `quantise`")
         with torch.no_grad():
             for name, tensor in weights.items():
                 path, _, leaf = name.rpartition(".")
@@ -202,8 +207,7 @@ class Engine:
 
     def sleep(self) -> None:
         """Give the cache's memory back, between requests. `wake` before the next one."""
-        if self.busy:
-            raise ValueError("requests are running: let them end, or abort them, before the engine sleeps")
+        self._rest("the engine sleeps")
         if self.runner.decoder is not None:
             self.runner.decoder.clear()
         for storage in self._storages:
@@ -211,8 +215,18 @@ class Engine:
         self.tables.forget()
 
     def wake(self) -> None:
+        """Take the cache's memory again; of no effect on an engine that is awake."""
         for storage in self._storages:
-            storage.allocate()
+            if not storage.layers:
+                storage.allocate()
+
+    def _rest(self, what: str) -> None:
+        """Raises ValueError while requests run. A step may be on its way even so, with a token too many of those that
+        have ended, which nobody reads: the device takes it before whatever comes next.
+        """
+        if self.scheduler.waiting or self.scheduler.running:
+            raise ValueError(f"requests are running: let them end, or abort them, before {what}")
+        self._launched = None
 
     @property
     def _storages(self) -> list[Storage]:
@@ -232,18 +246,18 @@ class Engine:
     def step(self) -> list[tuple[Request, int]]:
         """Launch the next step and read the one before.  -> (request, its new token), of those that still run"""
         before, self._launched = self._launched, None
-        if before is not None and not self._ahead:
-            return self._read(before)
         try:
-            work = self.scheduler.schedule()
-            self._launched = self.runner.launch(work) if work else None
+            if before is None or self._ahead:
+                work = self.scheduler.schedule()
+                self._launched = self.runner.launch(work) if work else None
+            return [] if before is None else self._read(before)
         except BaseException:
-            # Pages were promised that nobody has filled: whoever could read them ends, and they are not found again.
+            # Pages were promised that nobody has filled, tokens that nobody will read: whoever could ends, and the
+            # pages are not found again.
             for request in [*self.scheduler.running, *self.scheduler.waiting]:
                 self.abort(request)
             self.tables.forget()
             raise
-        return [] if before is None else self._read(before)
 
     def embed(self, texts: Iterable[Sequence[int]], pooling: Pooling = "mean") -> list[Tensor]:
         """A vector of length 1 for each text: of what the head reads, the mean or the last token's."""

@@ -8,6 +8,7 @@ R requests, S slots, V vocabulary.
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Sampler:
         # How often each token was generated, and which occurred at all: kept only once a request asks for penalties.
         self._counts_SV: Tensor | None = None
         self._seen_SV: Tensor | None = None
-        self._counted: dict[int, Request] = {}
+        self._counted: dict[int, Any] = {}  # whose: the `pages`, another list each time that a request begins
         self._salt = secrets.randbits(62)  # what is asked for without a seed differs from process to process
 
     def draw(self, logits_RV: Tensor, requests: Sequence[Request]) -> Sampled:
@@ -142,9 +143,9 @@ class Sampler:
         counts_SV, seen_SV = self._tallies()
         for request, one in zip(requests, wanted, strict=True):
             slot = request.place
-            if one and self._counted.get(slot) is not request:
+            if one and self._counted.get(slot) is not request.pages:
                 self._count(request, counts_SV[slot], seen_SV[slot])
-                self._counted[slot] = request
+                self._counted[slot] = request.pages
         repetition_R1, presence_R1, frequency_R1 = (
             self._tensor([getattr(request.sampling, f"{name}_penalty") for request in requests])[:, None]
             for name in ("repetition", "presence", "frequency")

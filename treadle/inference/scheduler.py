@@ -119,9 +119,10 @@ class Scheduler:
         for request in ready:
             if request.pending > 1 and request.status is Status.RUNNING and budget > 0:
                 chunk = min(request.pending, budget)
-                if self.tables.grow(request, request.computed + chunk):
-                    work.append(self._move(request, chunk))
-                    budget -= chunk
+                if not self.tables.grow(request, request.computed + chunk):
+                    return work  # or those that came later would take every page that comes free
+                work.append(self._move(request, chunk))
+                budget -= chunk
         while self.waiting and self._slots and budget > 0:
             request = self.waiting[0]
             if request.in_flight:  # it was preempted a moment ago, and its last token is on its way

@@ -147,6 +147,31 @@ def test_a_step_that_fails_ends_its_requests_and_nothing_else(monkeypatch: pytes
     assert done.outputs == alone(model, prompt, 5)
 
 
+def test_a_step_that_cannot_be_read_ends_its_requests_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["attention"]
+    engine = Engine(model, EngineConfig(page=4, slots=2, cache_tokens=90))
+    prompt, greedy = list(range(12)), Sampling(max_tokens=5, temperature=0)
+    request = engine.add(prompt, greedy)
+    engine.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_read", lambda launched: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert request.finish == "abort"
+    assert engine.generate([prompt], greedy)[0].outputs == alone(model, prompt, 5)
+
+
+def test_weights_may_change_after_an_end_that_nobody_saw_coming() -> None:
+    model = tiny("attention")
+    engine = Engine(model, EngineConfig(page=4, slots=2, cache_tokens=90))
+    third = alone(model, [1, 2, 3], 3)[2]
+    (done,) = engine.generate([[1, 2, 3]], Sampling(max_tokens=20, temperature=0, stop_tokens=(third,)))
+    assert done.finish == "stop"  # a step that runs ahead was launched by then
+    engine.update_weights({name: -p for name, p in model.named_parameters()})
+    engine.sleep(), engine.wake()
+    assert engine.generate([[1, 2, 3]], Sampling(max_tokens=5, temperature=0))[0].outputs == alone(model, [1, 2, 3], 5)
+
+
 def test_any_integer_is_a_seed_and_none_is_another_one_each_time() -> None:
     model = MODELS["attention"]
     drawn = []
@@ -206,18 +231,26 @@ def test_other_weights_give_other_texts_and_sleep_gives_memory_back() -> None:
     model, other = tiny("attention"), MODELS["windows"]
     engine = Engine(model, EngineConfig(page=4, slots=2, cache_tokens=90))
     prompt, greedy = list(range(12)), Sampling(max_tokens=5, temperature=0)
-    assert engine.generate([prompt], greedy)[0].outputs == alone(model, prompt, 5)
+    before = alone(model, prompt, 5)
+    assert engine.generate([prompt], greedy)[0].outputs == before
     changed = {name: torch.randn_like(p) for name, p in model.named_parameters() if "qkv" in name}
     request = engine.add(prompt, greedy)
     with pytest.raises(ValueError, match="requests are running"):
         engine.update_weights(changed)
-    engine.abort(request)
-    while engine.busy:
+    for _ in range(2):
         engine.step()
+    engine.abort(request)  # with a step on its way, which is nobody's now
+    for wrong in (torch.zeros(1), next(iter(changed.values())).to(torch.float8_e4m3fn)):
+        with pytest.raises(ValueError, match=r"shape \[1\]|without its scales"):
+            engine.update_weights({**changed, next(iter(changed)): wrong})
+    assert alone(model, prompt, 5) == before
     engine.update_weights(changed)
     engine.sleep()
     assert not engine.runner.storage.layers
     engine.wake()
+    buffers = engine.runner.storage.layers[0].buffers
+    engine.wake()
+    assert engine.runner.storage.layers[0].buffers is buffers  # steps that were captured know it
     (done,) = engine.generate([prompt], greedy)
     assert done.cached == 0
     assert done.outputs == alone(model, prompt, 5)

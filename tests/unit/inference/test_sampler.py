@@ -89,6 +89,21 @@ def test_penalties_are_their_formulas() -> None:
     assert again[drawn] < scores[drawn]
 
 
+def test_a_request_that_comes_back_to_its_slot_is_counted_anew() -> None:
+    asked = {"frequency_penalty": 0.5, "temperature": 0}
+    sampler, slot = Sampler(4, V, torch.device("cpu")), torch.tensor([2])
+    request = running(2, prompt=(3, 4), outputs=(5,), **asked)
+    sampler._shifted(LOGITS_V[None].clone(), [request], slot)
+    sampler.draw(LOGITS_V[None], [running(2, temperature=0)])  # another one in its slot
+    request.outputs += [6, 6]  # elsewhere
+    request.pages = []
+    scores = sampler._shifted(LOGITS_V[None].clone(), [request], slot)[0]
+    expected = LOGITS_V.clone()
+    expected[5] -= 0.5
+    expected[6] -= 1.0
+    assert torch.allclose(scores, expected, atol=1e-6)
+
+
 def test_an_end_does_not_come_too_early() -> None:
     likeliest = int(LOGITS_V.argmax())
     early = Request([1], Sampling(temperature=0, min_tokens=2), slot=0, in_flight=1, ends=frozenset({likeliest}))
