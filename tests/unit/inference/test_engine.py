@@ -200,6 +200,19 @@ def test_pages_are_preempted_and_prompts_do_not_starve_others() -> None:
     assert first.outputs == alone(model, [1, 2, 3], 10)
 
 
+def test_who_comes_later_takes_no_pages_from_a_prompt_that_has_begun() -> None:
+    engine = Engine(MODELS["attention"], EngineConfig(slots=16, budget=48, page=4, cache_tokens=112, policy="latency"))
+    short = Sampling(max_tokens=4, temperature=0)
+    for token in range(3):
+        engine.add([token] * 7, short)
+    engine.step(), engine.step()
+    long = engine.add([9] * 80, Sampling(max_tokens=2, temperature=0))
+    later = [engine.add([token] * 7, short) for token in range(4, 60)]
+    while long.status is not Status.FINISHED:
+        engine.step()
+    assert not any(request.status is Status.FINISHED for request in later)
+
+
 def test_a_request_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[int] = []
 
