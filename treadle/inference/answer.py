@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -226,7 +227,7 @@ class Answer:
                     meters.output.inc(len(update.tokens))
                     piece = self._take(choice, update.tokens, ended=update.finish == "stop")
                     choice.logprobs += update.logprobs
-                    choice.pooled = update.pooled
+                    choice.pooled = None if update.pooled is None else torch.from_numpy(update.pooled)
                     choice.finish = "stop" if choice.stream is not None and choice.stream.stopped else update.finish
                     if choice.finish is not None and choice.stream is not None:
                         piece += choice.stream.end()

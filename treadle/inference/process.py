@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from treadle.errors import TreadleError
 from treadle.inference.engine import Engine
@@ -35,7 +35,7 @@ class Update:
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     finish: FinishReason | None = None
     cached: int = 0
-    pooled: Tensor | None = None
+    pooled: np.ndarray | None = None  # not a tensor, of which each would travel as an open file
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class EngineProcess:
         while True:
             try:
                 load, updates = self._connection.recv()
-            except (EOFError, OSError):
+            except Exception:  # the end of the pipe, or what came cannot be read: nobody may wait for ever
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     self._loop.call_soon_threadsafe(self._died)
                 return
@@ -181,14 +181,14 @@ def _work(connection: Connection, make: Callable[[], Engine]) -> None:
 
 
 def _update(request: Request, told: int) -> Update:
-    first = told == 0
+    first, pooled = told == 0, request.hidden.get(POOLED)
     return Update(
         request.outputs[told:],
         request.logprobs[told:],
         request.prompt_logprobs if first else [],
         request.finish,
         request.cached,
-        request.hidden.get(POOLED),
+        None if pooled is None else pooled.numpy(),
     )
 
 

@@ -167,11 +167,12 @@ def encode(tokenizer: Tokenizer | None, text: str) -> list[int]:
 def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
     """(key, message) of the first thing that pydantic found wrong."""
     first = errors[0]
-    path = [str(part) for part in first["loc"] if part not in ("body",)]
+    broken = first["type"] == "json_invalid"  # its place is one in the text
+    path = [] if broken else [str(part) for part in first["loc"] if part not in ("body",)]
     key = ".".join(path) or "body"
     if first["type"] == "extra_forbidden":
         return key, f"{key}: not known here.{nearest(path[0], body.model_fields)}"
-    given = "" if first["type"] in ("missing", "json_invalid") else f" (got {str(first.get('input'))[:80]!r})"
+    given = "" if broken or first["type"] == "missing" else f" (got {str(first.get('input'))[:80]!r})"
     return key, f"{key}: {first['msg']}{given}"
 
 

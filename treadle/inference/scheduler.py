@@ -115,7 +115,7 @@ class Scheduler:
 
     def _prompts(self, ready: Iterable[Request], budget: int) -> list[Work]:
         """Chunks of prompts: of those that have begun, then of those that wait, as far as budget and pages reach."""
-        work = []
+        work: list[Work] = []
         for request in ready:
             if request.pending > 1 and request.status is Status.RUNNING and budget > 0:
                 chunk = min(request.pending, budget)

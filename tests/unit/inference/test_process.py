@@ -58,3 +58,25 @@ def test_an_engine_that_does_not_read_keeps_nobody_waiting() -> None:
             engine.stop()
 
     asyncio.run(run())
+
+
+def test_vectors_do_not_arrive_as_open_files() -> None:
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def vector(engine: EngineProcess) -> Any:
+        asked = Sampling(max_tokens=0, temperature=0, pooling="mean")
+        return [update.pooled async for update in engine.generate([1, 2, 3], asked)][-1]
+
+    async def run() -> None:
+        engine = EngineProcess(tiny_engine)
+        try:
+            await engine.start()
+            before = files()
+            kept = await asyncio.wait_for(asyncio.gather(*(vector(engine) for _ in range(64))), 30)
+            assert files() < before + 16
+            assert {vector.shape for vector in kept} == {(8,)}
+        finally:
+            engine.stop()
+
+    asyncio.run(run())
