@@ -220,7 +220,9 @@ def test_embeddings_are_hidden_states_of_transformers(client: openai.OpenAI, ser
     for index, vector in enumerate(expected):
         assert found.data[index].index == index
         assert found.data[index].embedding == pytest.approx(vector, abs=1e-4)
-        assert plain.data[index].embedding == found.data[index].embedding
+        assert plain.data[index].embedding == pytest.approx(
+            found.data[index].embedding, abs=1e-6
+        )  # another batch may round otherwise
     cut = torch.tensor(expected[0][:5])
     assert short.data[0].embedding == pytest.approx((cut / cut.norm()).tolist(), abs=1e-4)
     for wrong, key in (
