@@ -159,13 +159,16 @@ def test_a_task_is_answered_together(workplace):
 def diverge(folder: Path):
     import treadle.recipes.pretrain as pretrain
 
-    plain = pretrain.cross_entropy
+    plain = pretrain.training_loss
 
-    def broken(model, batch, **options):
-        loss = plain(model, batch, **options)
-        return type(loss)(loss.total * (float("nan") if os.environ["RANK"] == "1" else 1.0))
+    def broken(training):
+        def function(model, batch):
+            loss = plain(training)(model, batch)
+            return type(loss)(loss.total * (float("nan") if os.environ["RANK"] == "1" else 1.0))
 
-    pretrain.cross_entropy = broken
+        return function
+
+    pretrain.training_loss = broken
     try:
         train(folder, "diverged", [])
     except TrainingError as error:

@@ -216,8 +216,8 @@ def test_flops_of_a_window_count_what_is_seen() -> None:
         ({"rope_dim": 5}, "rope_dim", "5 is odd; rotary positions pair channels"),
         ({"position": {"kind": "rope", "partial": 0.3}}, "position.partial", "0.3 of head dim 4 is 1 channels"),
         ({"position": {"kind": "alibi"}}, "position.kind", "rope"),
-        ({"kv_rank": 0}, "kv_rank", "above 0"),
-        ({"value_dim": None}, "value_dim", "above 0, got null"),
+        ({"kv_rank": 0}, "kv_rank", "> 0"),
+        ({"value_dim": None}, "value_dim", "> 0, got null"),
         ({"q_lora_rank": 5}, "q_lora_rank", "Did you mean 'q_rank'"),
         ({"norm": "rmsnorm"}, "norm", "unknown kind"),
         (

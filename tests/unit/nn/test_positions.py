@@ -127,7 +127,7 @@ def test_layers_of_one_kind_share_a_table() -> None:
     [
         ({"partial": 0.2}, "position.partial", "0.2 of head dim 16 is 3 channels; choose an even"),
         ({"partial": 0.01}, "position.partial", "0.01 of head dim 16 is 0 channels"),
-        ({"partial": 1.5}, "position.partial", "a number above 0 and at most 1"),
+        ({"partial": 1.5}, "position.partial", "float > 0, <= 1"),
         ({"layout": "halves"}, "position.layout", "half"),
         ({"scaling": "yarm"}, "position.scaling", "Did you mean 'yarn'"),
         ({"scaling": {"kind": "llama3", "low_freq_factor": 5}}, "position.scaling.low_freq_factor", "5.0 must be less"),

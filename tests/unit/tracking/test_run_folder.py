@@ -265,7 +265,10 @@ time.sleep(60)
         parent.kill()
         parent.wait()
         os.kill(child, 0)  # the worker is still there
-        assert not is_locked(tmp_path / "w")
+        deadline = time.monotonic() + 20
+        while is_locked(tmp_path / "w"):  # until the worker has come to let go of it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     finally:
         os.kill(child, signal.SIGKILL)
 
