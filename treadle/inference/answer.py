@@ -62,6 +62,7 @@ class Choice:
     finish: str | None = None
     cached: int = 0
     pooled: Tensor | None = None
+    begun: bool = False
 
     @property
     def text(self) -> str:
@@ -194,7 +195,8 @@ class Answer:
 
     def chat_piece(self, index: int, choice: Choice, piece: str, known: list[Logprob]) -> dict[str, Any]:
         found = chat_logprobs(self.serving.tokenizer, known) if known else None
-        delta = {"role": "assistant", "content": piece}
+        role = {} if choice.begun else {"role": "assistant"}  # said once
+        choice.begun, delta = True, role | {"content": piece}
         return {"index": index, "delta": delta, "logprobs": found, "finish_reason": choice.finish}
 
     def _choice(self) -> Choice:

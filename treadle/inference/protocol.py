@@ -177,17 +177,19 @@ def problem(errors: Sequence[Any], body: type[BaseModel]) -> tuple[str, str]:
 
 
 # Where the engine calls a key of the body by another name.
-ENGINES_NAMES = {"stop_tokens": "stop_token_ids", "constraint": "response_format", "prompt": "input"}
+ENGINES_NAMES = {
+    "stop_tokens": ("stop_token_ids",),
+    "constraint": ("response_format",),
+    "prompt": ("messages", "input"),
+}
 
 
 def blamed(message: str, body: type[BaseModel]) -> tuple[str | None, str]:
     """(key of the body, message) of an error, which begins with the key that it is about; None: about no key."""
     found = re.match(r"(\w+)[\w.\[\]]*: ", message)
-    key = found[1] if found else ""
-    if found and key not in body.model_fields and key in ENGINES_NAMES:
-        key = ENGINES_NAMES[key]
-        message = key + message[len(found[1]) :]
-    return (key, message) if key in body.model_fields else (None, message)
+    said = found[1] if found else ""
+    key = next((name for name in (said, *ENGINES_NAMES.get(said, ())) if name in body.model_fields), None)
+    return key, message if key is None else key + message[len(said) :]
 
 
 def bytes_of(tokenizer: Tokenizer | None, token: int) -> bytes:

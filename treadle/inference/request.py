@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
 from treadle.config import Config
 
@@ -25,7 +25,7 @@ class Sampling(Config):
 
     max_tokens: NonNegativeInt = Field(256, description="new tokens at most; 0: the prompt is only read")
     min_tokens: NonNegativeInt = Field(0, description="new tokens before which nothing ends the text")
-    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy")
+    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy, and so is less than 1e-5")
     top_k: PositiveInt | None = Field(None, description="keep the k likeliest tokens; null: all")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that make up this probability")
     min_p: float = Field(0.0, ge=0, le=1, description="keep tokens of at least this share of the likeliest one")
@@ -40,6 +40,11 @@ class Sampling(Config):
     logprobs: NonNegativeInt | None = Field(None, description="return log probabilities, and of this many likeliest")
     prompt_logprobs: bool = Field(False, description="return the log probability of each token of the prompt")
     pooling: Pooling | None = Field(None, description="return one vector of the prompt: mean or last hidden state")
+
+    @field_validator("temperature")
+    @classmethod
+    def _no_overflow(cls, temperature: float) -> float:
+        return temperature if temperature >= 1e-5 else 0.0  # scores over less are infinite in float32
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import treadle
 from treadle.data.tokenizer import BytesTokenizerConfig
 from treadle.families.checkpoint import save as save_as_theirs
 from treadle.inference.generate import stream
+from treadle.inference.protocol import ChatBody, CompletionBody, EmbeddingBody, blamed
 from treadle.nn.store import save_model
 
 TEMPLATE = (
@@ -300,8 +301,10 @@ def test_a_chat_goes_through_the_template(client: openai.OpenAI, model: Any) -> 
     assert len(content) == 8
     assert len(content[0].top_logprobs) == 2
     assert content[0].logprob == content[0].top_logprobs[0].logprob
-    pieces = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0, stream=True)
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    asked: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 8, "stream": True}
+    deltas = [piece.choices[0].delta for piece in client.chat.completions.create(**asked, temperature=1e-50)]
+    text = "".join(delta.content or "" for delta in deltas)
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert text == done.choices[0].message.content
     tool: Any = [{"type": "function", "function": {"name": "f"}}]
     with_tools = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1, tools=tool)
@@ -400,6 +403,13 @@ def test_an_error_names_the_key_of_the_body(server: Server) -> None:
             assert client.post("/v1/completions", json=body).json()["error"]["param"] == key
         chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x" * 200}]})
         assert chat.json()["error"]["param"] == "messages"
+
+
+def test_an_error_of_the_engine_names_the_key_of_the_body() -> None:
+    for body, key in ((ChatBody, "messages"), (CompletionBody, "prompt"), (EmbeddingBody, "input")):
+        assert blamed("prompt: it is empty", body) == (key, f"{key}: it is empty")
+    assert blamed("stop_tokens: no", CompletionBody) == ("stop_token_ids", "stop_token_ids: no")
+    assert blamed("weights: gone", ChatBody) == (None, "weights: gone")
 
 
 def test_the_key_is_asked_for_and_broken_json_is_no_crash(server: Server) -> None:
