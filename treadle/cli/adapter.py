@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from treadle.cli._options import RUNS, Root
+
 app = typer.Typer(no_args_is_help=True, help="Adapters: merge them, exchange them with PEFT.")
 
 Source = Annotated[str, typer.Argument(help="Run (folder, id, latest) or adapter folder.", show_default=False)]
 Base = Annotated[Path | None, typer.Option("--base", help="The weights, if they are elsewhere now.")]
 Family = Annotated[str | None, typer.Option("--family", help="model_type. Default: the first that fits.")]
-Root = Annotated[Path, typer.Option("--root", help="Folder that holds the runs.")]
 
 
 @app.command()
@@ -18,7 +19,7 @@ def merge(
     source: Source,
     target: Annotated[Path, typer.Argument(help="Folder to write: model.yaml and weights.")],
     base: Base = None,
-    root: Root = Path("runs"),
+    root: Root = RUNS,
 ) -> None:
     """Write the model with what was learned in its weights, as a model folder."""
     from treadle import api
@@ -34,7 +35,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="Folder to write, for PEFT's PeftModel.from_pretrained.")],
     base: Base = None,
     family: Family = None,
-    root: Root = Path("runs"),
+    root: Root = RUNS,
 ) -> None:
     """Write LoRA, DoRA or IA3 in PEFT's file format."""
     from treadle import api

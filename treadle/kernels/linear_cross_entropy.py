@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, autograd
 
+Step = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
+
 IGNORED = -100  # the target that no loss counts, as in torch's cross_entropy
 # Logits of a chunk. On a GPU large enough for the matmuls to run at full speed (1 GiB in bf16), on a CPU small enough
 # for the chain of elementwise passes to stay in cache.
@@ -39,10 +41,26 @@ def linear_cross_entropy(
     smoothing: share of each target that is spread evenly over the vocabulary (label smoothing, arXiv:1512.00567).
     chunk: tokens at a time; None picks one by memory. Returns float32 scalars (float64 if x is).
     """
+    one = _chunk_step(x_TD.device.type)
+
+    def step(logits_CV: Tensor, targets_C: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return one(logits_CV, targets_C, softcap, z_loss, smoothing, need_gradient)
+
+    return chunked(x_TD, weight_VD, targets_T, step, chunk)
+
+
+def chunked(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, step: Step, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum of a loss over chunks of tokens, and of a part of it (detached), without holding all logits.
+
+    step: (logits_CV, targets_C, whether their gradient is needed) -> loss of a chunk, that part of it, and the gradient
+    of the logits in their dtype, which may lie in their place.
+    """
     chunk = chunk or chunk_tokens(x_TD.device, weight_VD.shape[0])
     if not torch.is_grad_enabled():  # a Function does not see no_grad: it would form the gradients all the same
         x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, (softcap, z_loss, smoothing), chunk)  # type: ignore[no-any-return]
+    return _Chunked.apply(x_TD, weight_VD, targets_T, step, chunk)  # type: ignore[no-any-return]
 
 
 def chunk_tokens(device: torch.device, vocabulary: int) -> int:
@@ -51,12 +69,12 @@ def chunk_tokens(device: torch.device, vocabulary: int) -> int:
     return max(64, 1 << max(0, fits.bit_length() - 1))
 
 
-class _LinearCrossEntropy(autograd.Function):
+class _Chunked(autograd.Function):
     """Gradients are formed in the forward, where the logits are at hand; backward only scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, options: tuple[Any, ...], chunk: int
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, step: Step, chunk: int
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         cast_VD = weight_VD.to(x_TD.dtype)
@@ -65,11 +83,11 @@ class _LinearCrossEntropy(autograd.Function):
         dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=x_TD.device) if need_weight else None
         loss = torch.zeros((), dtype=wide, device=x_TD.device)
         penalty = torch.zeros_like(loss)
-        step, need = _chunk_step(x_TD.device.type), need_x or need_weight
+        need = need_x or need_weight
         for start in range(0, x_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_CV = x_TD[rows] @ cast_VD.t()
-            chunk_loss, chunk_penalty, dlogits_CV = step(logits_CV, targets_T[rows], *options, need)
+            chunk_loss, chunk_penalty, dlogits_CV = step(logits_CV, targets_T[rows], need)
             loss += chunk_loss
             penalty += chunk_penalty
             if dx_TD is not None:

@@ -42,10 +42,7 @@ def on_cuda(meter: LiveMemory, backend: Any, *, compiled: bool) -> Iterator[None
         mock.patch.dict(elements, {"cpu": elements["cuda"]}),
         mock.patch.object(linear_cross_entropy, "_chunk_step", _always(_in_place)),
         mock.patch.object(vocabulary, "_steps", _always(shared)),
-        *(
-            mock.patch.object(module, "add_outer_products", add)
-            for module in (linear_cross_entropy, vocabulary, weight_gradients)
-        ),
+        *(mock.patch.object(module, "add_outer_products", add) for module in (linear_cross_entropy, weight_gradients)),
         mock.patch.object(
             activation_checkpointing,
             "_ATTENTION",

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor, autograd
+from torch import Tensor
 
-from treadle.kernels.linear_cross_entropy import IGNORED, add_outer_products, chunk_tokens
+from treadle.kernels.linear_cross_entropy import IGNORED, chunked
 from treadle.parallel.collectives import Peers
 
 ELSEWHERE = -1  # a target that another process has the score of
@@ -37,69 +37,26 @@ def vocabulary_cross_entropy(
     x_TD, targets_T: the same on all processes; the gradient of x is a part of a sum over them. weight_VD: the rows of
     the vocabulary that are here, rank by rank.
     """
-    chunk = chunk or chunk_tokens(x_TD.device, weight_VD.shape[0])
-    if not torch.is_grad_enabled():  # a Function does not see no_grad: it would form the gradients all the same
-        x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
     here_T = targets_T - peers.rank * weight_VD.shape[0]
     # A difference may well be -100: what others have is ELSEWHERE.
     here_T = torch.where((here_T >= 0) & (here_T < weight_VD.shape[0]), here_T, ELSEWHERE)
     targets_T = torch.where(targets_T == IGNORED, IGNORED, here_T)
-    return _VocabularyCrossEntropy.apply(x_TD, weight_VD, targets_T, peers, (softcap, z_loss, smoothing), chunk)  # type: ignore[no-any-return]
+    statistics, gradient = _steps(x_TD.device.type)
+    spread = smoothing / (peers.size * weight_VD.shape[0])  # on each entry of the vocabulary
 
+    def step(logits_CV: Tensor, targets_C: Tensor, need_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        largest_C, sum_C, picked_C = statistics(logits_CV, targets_C, softcap, smoothing, spread)
+        together_C = funcol.wait_tensor(funcol.all_reduce(largest_C, "max", peers.name))
+        sums_2C = torch.stack((sum_C * (largest_C - together_C).exp(), picked_C))
+        sum_C, picked_C = funcol.wait_tensor(funcol.all_reduce(sums_2C, "sum", peers.name)).unbind()
+        lse_C, counts_C = together_C + sum_C.log(), targets_C != IGNORED
+        penalty = torch.where(counts_C, z_loss * lse_C.square(), 0.0).sum()
+        loss = torch.where(counts_C, lse_C - picked_C, 0.0).sum() + penalty
+        if need_gradient:
+            logits_CV = gradient(logits_CV, targets_C, lse_C, softcap, z_loss, smoothing, spread)
+        return loss, penalty, logits_CV
 
-class _VocabularyCrossEntropy(autograd.Function):
-    """Gradients are formed in the forward, where the logits are at hand; backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        weight_VD: Tensor,
-        targets_T: Tensor,
-        peers: Peers,
-        options: tuple[Any, ...],
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        (softcap, z_loss, smoothing), group = options, peers.name
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        spread = smoothing / (peers.size * weight_VD.shape[0])  # on each entry of the vocabulary
-        cast_VD = weight_VD.to(x_TD.dtype)
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        dx_TD = torch.empty_like(x_TD) if need_x else None
-        dweight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=x_TD.device) if need_weight else None
-        loss = torch.zeros((), dtype=wide, device=x_TD.device)
-        penalty = torch.zeros_like(loss)
-        statistics, gradient = _steps(x_TD.device.type)
-        for start in range(0, x_TD.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            targets_C, logits_CV = targets_T[rows], x_TD[rows] @ cast_VD.t()
-            largest_C, sum_C, picked_C = statistics(logits_CV, targets_C, softcap, smoothing, spread)
-            together_C = funcol.wait_tensor(funcol.all_reduce(largest_C, "max", group))
-            sums_2C = torch.stack((sum_C * (largest_C - together_C).exp(), picked_C))
-            sum_C, picked_C = funcol.wait_tensor(funcol.all_reduce(sums_2C, "sum", group)).unbind()
-            lse_C, counts_C = together_C + sum_C.log(), targets_C != IGNORED
-            chunk_penalty = torch.where(counts_C, z_loss * lse_C.square(), 0.0).sum()
-            penalty += chunk_penalty
-            loss += torch.where(counts_C, lse_C - picked_C, 0.0).sum() + chunk_penalty
-            if not (need_x or need_weight):
-                continue
-            dlogits_CV = gradient(logits_CV, targets_C, lse_C, softcap, z_loss, smoothing, spread)
-            if dx_TD is not None:
-                torch.mm(dlogits_CV, cast_VD, out=dx_TD[rows])
-            if dweight_VD is not None:
-                add_outer_products(dweight_VD, dlogits_CV, x_TD[rows])
-        ctx.save_for_backward(dx_TD, dweight_VD)
-        ctx.weight_dtype = weight_VD.dtype
-        ctx.mark_non_differentiable(penalty)
-        return loss, penalty
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        dx_TD, dweight_VD = ctx.saved_tensors
-        # In place: the saved gradients are this node's own and a second backward through it would be scaled twice.
-        dx_TD = None if dx_TD is None else torch.mul(dx_TD, grads[0], out=dx_TD)
-        dweight_VD = None if dweight_VD is None else dweight_VD.mul_(grads[0]).to(ctx.weight_dtype)
-        return dx_TD, dweight_VD, None, None, None, None
+    return chunked(x_TD, weight_VD, targets_T, step, chunk)
 
 
 def _capped(logits_CV: Tensor, softcap: float | None) -> Tensor:
